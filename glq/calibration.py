@@ -1,0 +1,187 @@
+"""Calibration: text → tokens → for each decoder block, second moments of what its linear layers read.
+
+Both models, the reference and the quantized prefix, run side by side: a block's forward is paused where a group of
+linear layers reads its input, all microbatches at once, so that the group can be rounded and the pass can go on with
+the rounded weights. One pass a block for each model, and no activations kept but those that are alive at the pause.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from glq.errors import GlqError
+from glq.source import SourceModel
+
+
+def read_text(path: Path | None) -> str:
+    """The calibration text: the user's file, or the one that the package ships (public domain)."""
+    if path is None:
+        return files("glq").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GlqError(f"cannot read the text {path}: {error}. Give a UTF-8 text file") from error
+
+
+def windows(tokenizer, text: str, count: int, ctx: int, *, spread: bool) -> Tensor:
+    """[count, ctx] token ids of non-overlapping windows, each after what the tokenizer puts in front (BOS).
+
+    spread takes the windows evenly from the whole text, otherwise they are its first ones. GlqError if it is too short.
+    """
+    prefix = tokenizer("")["input_ids"]
+    body = ctx - len(prefix)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // body
+    if available < count:
+        raise GlqError(
+            f"the text is too short: {count} windows of {ctx} tokens need {count * body} tokens, it has {len(ids)}. "
+            f"Give a longer text or ask for fewer tokens ({available * ctx} at most)"
+        )
+    starts = [i * available // count if spread else i for i in range(count)]
+    return torch.tensor([prefix + ids[s * body : (s + 1) * body] for s in starts])
+
+
+@dataclass
+class Call:
+    """How the model calls a block: what follows the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+
+@torch.no_grad()
+def capture(
+    source: SourceModel, batches: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """For each batch of tokens [batch, ctx]: the first block's input [batch, ctx, hidden], and how each block is called.
+
+    The blocks themselves are stubs here: whatever a model computes once and hands to its blocks (rotary embeddings,
+    masks, one kind a layer type) is found without knowing the architecture.
+    """
+    inputs: list[Tensor] = []
+    calls: list[list[Call]] = []
+
+    def stub(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if not calls[-1]:
+            inputs.append(hidden)
+        calls[-1].append(Call(args, kwargs))
+        return hidden
+
+    with source.outside_blocks(device, dtype) as model:
+        for name in source.blocks:
+            source.module(name).forward = stub
+        try:
+            for tokens in batches:
+                calls.append([])
+                model.base_model(input_ids=tokens.to(device), use_cache=False)
+        finally:
+            for name in source.blocks:
+                del source.module(name).forward
+    return inputs, calls
+
+
+class Run:
+    """One forward pass of a block over one microbatch, which stops before each group of linear layers.
+
+    `advance` returns the input of the next group, [tokens, in]; `finish` the block's output. The pass is a coroutine
+    (greenlet): it keeps its place, and what it needs to go on, while others run.
+    """
+
+    def __init__(self, block: nn.Module, leaders: list[nn.Module], hidden: Tensor, call: Call) -> None:
+        self._hooks = [module.register_forward_pre_hook(self._pause) for module in leaders]
+        self._pass = greenlet(lambda: block(hidden, *call.args, **call.kwargs))
+
+    def advance(self) -> Tensor:
+        x = self._pass.switch()
+        if self._pass.dead:
+            raise RuntimeError("the block ended before its last group of linear layers")
+        return x.flatten(0, -2)
+
+    def finish(self) -> Tensor:
+        out = self._pass.switch()
+        if not self._pass.dead:
+            raise RuntimeError("the block read a group of linear layers twice")
+        for hook in self._hooks:
+            hook.remove()
+        return out[0] if isinstance(out, tuple) else out
+
+    def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if getcurrent() is self._pass:
+            self._pass.parent.switch(args[0])
+
+
+@torch.no_grad()
+def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]:
+    """The block's linear layers in the order in which they run, those that read the same tensor together."""
+    names = {module: name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if groups and groups[-1][0] is args[0]:
+            groups[-1][1].append(names[module])
+        else:
+            groups.append((args[0], [names[module]]))
+
+    hooks = [module.register_forward_pre_hook(note) for module in names]
+    try:
+        block(hidden, *call.args, **call.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [members for _, members in groups]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of a group's input: hessian = E[x̂ x̂ᵀ] and drift = E[(x − x̂) x̂ᵀ], [in, in] fp32; x̂ is what it reads after the
+    quantized prefix, x what it reads in the reference."""
+
+    hessian: Tensor
+    drift: Tensor
+
+
+def calibrate_block(
+    block: nn.Module,
+    groups: list[list[str]],
+    reference: list[Tensor],
+    quantized: list[Tensor],
+    calls: list[Call],
+    round_group: Callable[[nn.Module, list[str], Moments], None],
+) -> Iterator[int]:
+    """Take both models through one block and round its groups on the way.
+
+    reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
+    outputs. round_group gets the copy of the block that belongs to the quantized model, whose weights it replaces.
+    Yields the number of the group just rounded, then of the end.
+    """
+    twin = copy.deepcopy(block)
+    pairs = []
+    for x, x_hat, call in zip(reference, quantized, calls, strict=True):
+        runs = []
+        for model, hidden in ((block, x), (twin, x_hat)):
+            leaders = [model.get_submodule(members[0]) for members in groups]
+            runs.append(Run(model, leaders, hidden, call))
+        pairs.append(tuple(runs))
+    for i, members in enumerate(groups):
+        hessian = drift = None
+        count = 0
+        for k, (run, run_hat) in enumerate(pairs):
+            x, x_hat = run.advance(), run_hat.advance()
+            count += x.shape[0]
+            hessian = x_hat.T @ x_hat if hessian is None else hessian.addmm_(x_hat.T, x_hat)
+            difference = (x - x_hat).T
+            drift = difference @ x_hat if drift is None else drift.addmm_(difference, x_hat)
+            if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
+                reference[k] = run.finish()
+        assert hessian is not None and drift is not None
+        round_group(twin, members, Moments(hessian.div_(count), drift.div_(count)))
+        yield i
+    for k, (_, run_hat) in enumerate(pairs):
+        quantized[k] = run_hat.finish()
+    yield len(groups)

@@ -1,0 +1,70 @@
+"""Codecs: how a group of weights becomes an integer and back. One protocol, one literal table."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from glq.codecs.e8 import FactoredE8, ResidualE8
+from glq.codecs.nested import NestedE8
+from glq.errors import GlqError
+
+__all__ = ["CODECS", "DEFAULT_CODECS", "Codec", "get_codec"]
+
+
+class Codec(Protocol):
+    """Rounds groups of `group` weights, close to N(0, 1), to codes of `code_bits` bits."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def code_bits(self) -> int: ...
+    @property
+    def bits(self) -> float:
+        """code_bits / group, exact; scales, signs and padding come on top and are counted by `glq info`."""
+        ...
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error a weight on N(0, 1); the tests measure it again."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [n, group] float → codes [n] int64 below 2**code_bits. Deterministic; no host sync on CUDA."""
+        ...
+
+    def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """encode(x) and decode(encode(x)), to the bit, in one pass."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes [...] int → [..., group] fp32. decode(encode(decode(c))) == decode(c)."""
+        ...
+
+
+_E8_1_5 = FactoredE8("e8-1.5", entries=32, density=0.8, mse=0.1776)
+_E8_2 = FactoredE8("e8-2", entries=128, density=1.0, mse=0.0954)
+
+# fmt: off
+CODECS: dict[str, Codec] = {
+    "e8-1.5": _E8_1_5,
+    "e8-2": _E8_2,
+    "e8-3.5": ResidualE8("e8-3.5", _E8_2, _E8_1_5, gain=0.31, mse=0.0167),
+    "nested-3": NestedE8("nested-3", 6, 24, (.449, .533, .619, .700, .772, .874, 1.014, 1.363), mse=0.0271),
+    "nested-3.5": NestedE8("nested-3.5", 8, 28, (.312, .345, .371, .400, .431, .453, .476, .500,
+                                                 .525, .551, .594, .640, .689, .760, .860, 1.101), mse=0.0134),
+    "nested-4": NestedE8("nested-4", 12, 32, (.224, .267, .302, .333, .368, .406, .471, .682), mse=0.00644),
+}
+# fmt: on
+
+# The codec that `--codec auto` takes at each rate: the least KL at equal stored bits (docs/decisions.md).
+DEFAULT_CODECS: dict[float, str] = {1.5: "e8-1.5", 2: "e8-2", 3: "nested-3", 3.5: "nested-3.5", 4: "nested-4"}
+
+
+def get_codec(name: str) -> Codec:
+    """The codec of that name; GlqError names the ones there are."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise GlqError(f"unknown codec {name!r}: this version of glq reads {', '.join(CODECS)}") from None

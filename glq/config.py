@@ -1,0 +1,92 @@
+"""What config.json says of a quantized model: frozen dataclasses, to and from plain dictionaries."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from glq.codecs import get_codec
+from glq.errors import GlqError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "glq"
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """One quantized linear layer, `out_features` × `in_features`."""
+
+    codec: str
+    in_features: int
+    out_features: int
+    block: int  # width of the rotation's blocks; divides in_features
+
+    def __post_init__(self) -> None:
+        get_codec(self.codec)
+        for key in ("in_features", "out_features", "block"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise GlqError(f"quantization_config: {key} must be a positive integer, found {value!r}")
+        if self.in_features % self.block:
+            raise GlqError(f"quantization_config: block {self.block} does not divide in_features {self.in_features}")
+
+
+@dataclass(frozen=True)
+class GlqConfig:
+    """The `quantization_config` of config.json."""
+
+    modules: dict[str, ModuleConfig]
+    bits: float  # stored bits a quantized weight, all included
+    version: str  # of glq that wrote it
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "glq_version": self.version,
+            "bits": self.bits,
+            "modules": {name: asdict(module) for name, module in self.modules.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "GlqConfig":
+        """Refuses what it does not know, by name: GlqError."""
+        if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+            raise GlqError("config.json has no quantization_config of quant_method 'glq': not a glq checkpoint")
+        version = raw.get("format_version")
+        if type(version) is not int or version < 1:
+            raise GlqError(
+                f"quantization_config: format_version must be an integer of at least 1, found {version!r}. "
+                "Checkpoints of other projects named glq are not read"
+            )
+        if version > FORMAT_VERSION:
+            raise GlqError(
+                f"the checkpoint has format version {version}, written by glq {raw.get('glq_version')}; this glq reads "
+                f"up to {FORMAT_VERSION}: pip install -U glq"
+            )
+        known = {"quant_method", "format_version", "glq_version", "bits", "modules"}
+        _refuse_unknown("quantization_config", raw, known)
+        if lost := sorted(known - raw.keys()):
+            raise GlqError(f"quantization_config lacks {', '.join(lost)}: config.json is damaged")
+        if not isinstance(raw["modules"], dict) or not raw["modules"]:
+            raise GlqError("quantization_config: modules must name at least one quantized layer")
+        if type(raw["bits"]) not in (int, float):
+            raise GlqError(f"quantization_config: bits must be a number, found {raw['bits']!r}")
+        modules = {name: _module(name, entry) for name, entry in raw["modules"].items()}
+        return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]))
+
+
+def _module(name: str, entry: Any) -> ModuleConfig:
+    where = f"quantization_config.modules[{name!r}]"
+    known = set(ModuleConfig.__dataclass_fields__)
+    if not isinstance(entry, dict):
+        raise GlqError(f"{where}: expected an object with {', '.join(sorted(known))}, found {entry!r}")
+    _refuse_unknown(where, entry, known)
+    if lost := sorted(known - entry.keys()):
+        raise GlqError(f"{where} lacks {', '.join(lost)}: config.json is damaged")
+    if not isinstance(entry["codec"], str):
+        raise GlqError(f"{where}: codec must be a string, found {entry['codec']!r}")
+    return ModuleConfig(**entry)
+
+
+def _refuse_unknown(where: str, raw: dict[str, Any], known: set[str]) -> None:
+    if extra := sorted(raw.keys() - known):
+        raise GlqError(f"{where} has unknown keys {', '.join(extra)}: a newer glq wrote it, or it was edited by hand")
