@@ -1,3 +1,32 @@
-"""glq: language models 4–8 times smaller with the E8 lattice."""
+"""glq: language models 4–8 times smaller with the E8 lattice.
+
+    glq.quantize("org/name", "out", glq.Settings(bits=3))      # Hugging Face model → checkpoint directory
+    model = glq.load("out")                                    # → transformers model
+
+`import glq` needs torch, numpy and safetensors alone; these names import what they need when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from glq.errors import GlqError
 
 __version__ = "0.1.0"
+__all__ = ["GlqError", "Settings", "evaluate", "inspect", "load", "quantize"]
+
+_LAZY = {
+    "Settings": "glq.pipeline",
+    "quantize": "glq.pipeline",
+    "load": "glq.hf_integration",
+    "evaluate": "glq.evaluation",
+    "inspect": "glq.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'glq' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"glq.{name} needs {error.name}: pip install 'glq[hf]'") from error

@@ -10,26 +10,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from glq.errors import GlqError
 from glq.source import SourceModel
 
 
-def read_text(path: Path | None) -> str:
-    """The calibration text: the user's file, or the one that the package ships (public domain)."""
+def read_text(path: str | Path | None, default: str = "calibration") -> str:
+    """The user's UTF-8 file, or a text that the package ships ("calibration" or "evaluation", public domain)."""
     if path is None:
-        return files("glq").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+        return files("glq").joinpath(f"data/{default}.txt").read_text(encoding="utf-8")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GlqError(f"cannot read the text {path}: {error}. Give a UTF-8 text file") from error
 
 
-def windows(tokenizer, text: str, count: int, ctx: int, *, spread: bool) -> Tensor:
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, ctx: int, *, spread: bool) -> Tensor:
     """[count, ctx] token ids of non-overlapping windows, each after what the tokenizer puts in front (BOS).
 
     spread takes the windows evenly from the whole text, otherwise they are its first ones. GlqError if it is too short.
@@ -51,15 +53,15 @@ def windows(tokenizer, text: str, count: int, ctx: int, *, spread: bool) -> Tens
 class Call:
     """How the model calls a block: what follows the hidden states."""
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @torch.no_grad()
 def capture(
     source: SourceModel, batches: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """For each batch of tokens [batch, ctx]: the first block's input [batch, ctx, hidden], and how each block is called.
+    """For each batch of tokens [batch, ctx]: the first block's input [batch, ctx, hidden], and each block's call.
 
     The blocks themselves are stubs here: whatever a model computes once and hands to its blocks (rotary embeddings,
     masks, one kind a layer type) is found without knowing the architecture.
@@ -119,7 +121,9 @@ class Run:
 @torch.no_grad()
 def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]:
     """The block's linear layers in the order in which they run, those that read the same tensor together."""
-    names = {module: name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    names: dict[nn.Module, str] = {
+        module: name for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
     groups: list[tuple[Tensor, list[str]]] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -179,7 +183,8 @@ def calibrate_block(
             drift = difference @ x_hat if drift is None else drift.addmm_(difference, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
-        assert hessian is not None and drift is not None
+        assert hessian is not None
+        assert drift is not None
         round_group(twin, members, Moments(hessian.div_(count), drift.div_(count)))
         yield i
     for k, (_, run_hat) in enumerate(pairs):

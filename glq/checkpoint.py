@@ -71,7 +71,7 @@ class CheckpointWriter:
         if self._pending:
             self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             file = SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
             (self._dir / f"shard-{i}").rename(self._dir / file)
@@ -120,7 +120,7 @@ def read_config(path: Path) -> GlqConfig:
         raise GlqError(f"{path} has no config.json: it is not a checkpoint directory") from None
     except (OSError, ValueError) as error:
         raise GlqError(f"{file} cannot be read: {error}") from error
-    return GlqConfig.from_dict(raw.get("quantization_config") if isinstance(raw, dict) else None)
+    return GlqConfig.from_dict(raw.get("quantization_config", {}) if isinstance(raw, dict) else {})
 
 
 def inspect(path: Path) -> Summary:
@@ -152,9 +152,9 @@ def summarize(path: Path, config: GlqConfig) -> Summary:
             total += nbytes
         if f"{name}.weight" in shapes:
             raise GlqError(f"{path}: {name} has packed tensors and a plain weight: which one is meant is unknown")
-        module_bits[name] = 8 * total / (module.in_features * module.out_features)
+        module_bits[name] = 8 * total / module.weights
         quantized += total
-        weights += module.in_features * module.out_features
+        weights += module.weights
     file_bytes = sum((path / file).stat().st_size for file in set(files.values()))
     other = sum(nbytes for _, _, nbytes in shapes.values()) - quantized
     return Summary(config, file_bytes, quantized, weights, other, module_bits)

@@ -19,6 +19,10 @@ class ModuleConfig:
     out_features: int
     block: int  # width of the rotation's blocks; divides in_features
 
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
     def __post_init__(self) -> None:
         get_codec(self.codec)
         for key in ("in_features", "out_features", "block"):

@@ -74,5 +74,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise GlqError(f"{index} is not a safetensors index: download or quantize the model again")
     for file in set(named.values()):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise GlqError(f"{index} names {file!r}, which is not a safetensors file of this directory: do not trust it")
+            raise GlqError(
+                f"{index} names {file!r}, which is not a safetensors file of this directory: do not trust it"
+            )
     return named

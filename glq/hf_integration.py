@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,7 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from glq.checkpoint import summarize
 from glq.config import QUANT_METHOD, GlqConfig
 from glq.errors import GlqError
+from glq.files import read_index
+from glq.hub import resolve
 from glq.linear import QuantLinear
+from glq.machine import pick_device
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -25,7 +29,7 @@ class GlqQuantizationConfig(QuantizationConfigMixin):
         self.glq = GlqConfig.from_dict({"quant_method": QUANT_METHOD} | raw)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):  # noqa: ANN206
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -49,8 +53,6 @@ class GlqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        if checkpoint_files:
-            summarize(Path(checkpoint_files[0]).parent, self._config)
         for name, module in self._config.modules.items():
             linear = _linear(model, name)
             if (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
@@ -68,12 +70,10 @@ class GlqHfQuantizer(HfQuantizer):
                     dtype=linear.weight.dtype,
                 )
             model.set_submodule(name, quantized)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
-        if empty:
-            raise GlqError(f"{len(empty)} tensors were not loaded, first {empty[0]}: the checkpoint is incomplete")
-        return model
+        if checkpoint_files:
+            folder = Path(checkpoint_files[0]).parent
+            summarize(folder, self._config)
+            _refuse_missing(model, folder)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
@@ -91,6 +91,41 @@ class GlqHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_missing(model: PreTrainedModel, folder: Path) -> None:
+    """transformers fills tensors that a checkpoint lacks with random values; a glq checkpoint never lacks any."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    found = read_index(folder)
+    missing = [name for name in model.state_dict() if name not in found and name not in tied]
+    if missing:
+        raise GlqError(
+            f"{folder} lacks {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}: "
+            "the checkpoint is incomplete, or was made for another model class"
+        )
+
+
+def load(
+    model: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A model that transformers loads, glq checkpoints included, ready for inference.
+
+    dtype defaults to fp16 on a GPU and fp32 on a CPU. On a CPU, for which there are no kernels, a glq checkpoint's
+    layers are dequantized once: fast, but as large in memory as the original model.
+    AutoModelForCausalLM.from_pretrained keeps them packed on every device.
+    """
+    where = pick_device(device) if isinstance(device, str) else device
+    dtype = dtype or (torch.float32 if where.type == "cpu" else torch.float16)
+    path = resolve(model)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except GlqError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise GlqError(f"{model} is not a model that transformers loads: {str(error).splitlines()[0]}") from error
+    if where.type == "cpu" and isinstance(getattr(loaded, "hf_quantizer", None), GlqHfQuantizer):
+        loaded = loaded.dequantize(dtype)
+    return loaded.eval().to(where)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

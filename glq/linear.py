@@ -59,7 +59,7 @@ class QuantLinear(nn.Module):
         """An nn.Linear with the same weight, [out, in] in `dtype`, in the model's own basis."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter(self.packed.dequantize().to(dtype), requires_grad=False)
-        layer.bias = self.bias
+        layer.register_parameter("bias", self.bias)
         return layer
 
     def extra_repr(self) -> str:

@@ -1,12 +1,11 @@
 """The pipeline: calibration → rotation → rounding → checkpoint, one decoder block at a time."""
 
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,12 @@ from glq.codecs.packing import TILE_ROWS
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
 from glq.files import INDEX
+from glq.hub import resolve
+from glq.machine import peak_memory, pick_device, release_memory
 from glq.packed import PackedLinear, pack_codes, pack_signs
 from glq.rotation import block_width, random_signs, rotate
-from glq.rounding import factor, objective, round_matrix, solve
-from glq.source import SourceModel, resolve
+from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
+from glq.source import SourceModel
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
 _MICROBATCH = 2048  # tokens at once
@@ -39,16 +40,20 @@ class Settings:
     tokens: int = 16384  # of calibration
     ctx: int = 1024
     seed: int = 0
-    damping: float = 0.01
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
             if self.bits not in DEFAULT_CODECS:
                 raise GlqError(f"bits must be one of {', '.join(map(str, DEFAULT_CODECS))}, found {self.bits}")
         elif get_codec(self.codec).bits != self.bits:
-            raise GlqError(f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: drop one option")
+            raise GlqError(
+                f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: drop one option"
+            )
         if self.ctx < 16 or self.tokens < self.ctx:
-            raise GlqError(f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}")
+            raise GlqError(
+                f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
+            )
 
     @property
     def codec_name(self) -> str:
@@ -94,13 +99,15 @@ def quantize(
     settings = settings or Settings()
     where = pick_device(device)
     source = SourceModel(resolve(model))
-    text = read_text(None if calibration is None else Path(calibration))
+    text = read_text(calibration)
     tokens = windows(source.tokenizer(), text, settings.tokens // settings.ctx, settings.ctx, spread=True)
+    release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        packed, errors = _quantize_blocks(source, tokens, settings, where, writer, progress)
-        _write_rest(source, writer, set(packed))
-        bits = 8 * sum(p.nbytes for p in packed.values()) / sum(p.weights for p in packed.values())
-        modules = {name: p.module for name, p in packed.items()}
+        stored = _quantize_blocks(source, tokens, settings, where, writer, progress)
+        _write_rest(source, writer, set(stored))
+        bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
+        modules = {name: s.module for name, s in stored.items()}
+        errors = {name: s.lost for name, s in stored.items()}
         raw = source.config.to_dict() | {
             "quantization_config": GlqConfig(modules, round(bits, 4), __version__).to_dict()
         }
@@ -111,31 +118,11 @@ def quantize(
     return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
 
 
-def pick_device(device: str) -> torch.device:
-    """"auto" is CUDA where there is one. GlqError for a device that torch does not have."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise GlqError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 @dataclass(frozen=True)
 class _Stored:
     module: ModuleConfig
     nbytes: int
-
-    @property
-    def weights(self) -> int:
-        return self.module.in_features * self.module.out_features
+    lost: float
 
 
 @torch.no_grad()
@@ -146,13 +133,14 @@ def _quantize_blocks(
     device: torch.device,
     writer: CheckpointWriter,
     progress: Callable[[Progress], None],
-) -> tuple[dict[str, _Stored], dict[str, float]]:
+) -> dict[str, _Stored]:
     codec = get_codec(settings.codec_name)
+    panels = GraphedPanelRounder() if device.type == "cuda" else round_panel
     batches = tokens.split(max(1, _MICROBATCH // settings.ctx))
     reference, calls = capture(source, batches, device, torch.float32)
     quantized = list(reference)
+    release_memory()
     stored: dict[str, _Stored] = {}
-    errors: dict[str, float] = {}
     for i, name in enumerate(source.blocks):
         block = source.load(name, device, torch.float32)
         block_calls = [of_blocks[i] for of_blocks in calls]
@@ -160,27 +148,33 @@ def _quantize_blocks(
 
         def round_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
             full = [f"{prefix}.{member}" for member in members]
-            layers = [twin.get_submodule(member) for member in members]
-            packed, lost = round_layers(full, layers, moments, codec, settings)
+            layers = [cast(nn.Linear, twin.get_submodule(member)) for member in members]
+            packed, lost = round_layers(full, layers, moments, codec, settings, panels)
             for layer, p, label in zip(layers, packed, full, strict=True):
                 layer.weight.data = p.dequantize()
                 writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
                 module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
-                stored[label] = _Stored(module, p.nbytes)
-                errors[label] = lost
+                stored[label] = _Stored(module, p.nbytes, lost)
 
         for done in calibrate_block(block, groups, reference, quantized, block_calls, round_group):
             if done < len(groups):
                 label = f"{name}.{groups[done][0]}"
-                progress(Progress(i * len(groups) + done + 1, len(source.blocks) * len(groups), label, errors[label]))
+                count, total = i * len(groups) + done + 1, len(source.blocks) * len(groups)
+                progress(Progress(count, total, label, stored[label].lost))
         source.unload(name)
-    return stored, errors
+        release_memory()
+    return stored
 
 
 def round_layers(
-    names: list[str], layers: list[nn.Linear], moments: Moments, codec: Codec, settings: Settings
+    names: list[str],
+    layers: list[nn.Linear],
+    moments: Moments,
+    codec: Codec,
+    settings: Settings,
+    panels: PanelRounder = round_panel,
 ) -> tuple[list[PackedLinear], float]:
-    """Round linear layers that read the same input, as one matrix; returns them packed, and the share of energy lost."""
+    """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % TILE_ROWS)) for layer in layers])
     block = block_width(weight.shape[1])
     signs = random_signs(weight.shape[1], torch.Generator().manual_seed(_seed(settings.seed, names[0])))
@@ -189,7 +183,7 @@ def round_layers(
     target = rotate(weight, signs, block)
     m = factor(h, settings.damping)
     target += HALF_STEP * solve(m, target @ drift)
-    rounded = round_matrix(target, h, m, codec)
+    rounded = round_matrix(target, h, m, codec, panels)
     scale = rounded.scale.to(torch.float16)
     if not torch.isfinite(scale).all():
         raise GlqError(f"{names[0]}: its weights are too large for 16-bit scales: the model is broken")
@@ -200,9 +194,7 @@ def round_layers(
         codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
         rows = scale[tile * TILE_ROWS :][: layer.out_features].clone()
         packed.append(
-            PackedLinear(
-                codec.name, layer.out_features, layer.in_features, block, codes, rows, pack_signs(signs)
-            )
+            PackedLinear(codec.name, layer.out_features, layer.in_features, block, codes, rows, pack_signs(signs))
         )
         tile += tiles
     return packed, lost

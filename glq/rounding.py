@@ -6,16 +6,17 @@ arXiv:2210.17323). A codec says only how to round a group of weights.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from glq.codecs import Codec
-from glq.codecs.packing import TILE_COLS, TILE_ROWS, from_groups
+from glq.codecs.packing import TILE_COLS, TILE_ROWS
 
 BLOCK = 2  # columns of a group
-_PANEL = TILE_COLS
+PANEL = TILE_COLS
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,18 @@ def factor(h: Tensor, damping: float) -> Tensor:
     factorization fails. A zero or non-finite h (a layer that calibration never reached) counts as the identity.
     Returns [in, in] fp64.
     """
-    h = h.double()
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-    mean = h.diagonal().mean()
-    if not torch.isfinite(h).all() or mean <= 0:
-        return eye
+    flipped = h.flip(0, 1).double()
+    diagonal = flipped.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(flipped).all() or mean <= 0:
+        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device)
+    added = 0.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex((h + damping * mean * eye).flip(0, 1))
+        diagonal += (damping - added) * mean
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
             return lower.flip(0, 1)
-        damping *= 10
+        added, damping = damping, 10 * damping
 
 
 def feedback(m: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def solve(m: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(m, y, upper=True, left=False).to(b.dtype)
 
 
-def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec) -> Rounded:
+def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec, panels: "PanelRounder") -> Rounded:
     """Round w [out, in] fp32 (rotated) under h [in, in] in the same basis; m is `factor(h, damping)`.
 
     A row is scaled to unit variance for the codec, and its scale is fitted again by least squares under h at the end.
@@ -73,11 +76,11 @@ def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec) -> Rounded:
     """
     scale = w.square().mean(1).sqrt()
     unit = w / torch.where(scale > 0, scale, 1.0)[:, None]
-    codes, values = ldlq(unit, feedback(m), codec)
+    codes, values = ldlq(unit, feedback(m), codec, panels)
     return Rounded(codes, values, refit(w, values, h, scale))
 
 
-def ldlq(w: Tensor, n: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+def ldlq(w: Tensor, n: Tensor, codec: Codec, round_panel: "PanelRounder") -> tuple[Tensor, Tensor]:
     """Block LDLQ of w [out, in] fp32 with rows of unit variance; n [in, in] from `feedback`.
 
     Returns codes [row tiles, 8, padded in / 2] int64 and their values [out, in] fp32. Rows and columns are filled up
@@ -87,21 +90,70 @@ def ldlq(w: Tensor, n: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     extra_rows, extra_cols = -rows % TILE_ROWS, -cols % TILE_COLS
     target = pad(w, (0, extra_cols, 0, extra_rows)).T.contiguous()  # [in, out]: a block of columns is contiguous
     n = pad(n, (0, extra_cols, 0, extra_cols))
-    error, values = torch.zeros_like(target), torch.empty_like(target)
+    values, error = torch.empty_like(target), torch.empty_like(target)
     codes = []
-    for start in range(0, target.shape[0], _PANEL):
-        panel = slice(start, start + _PANEL)
+    for start in range(0, target.shape[0], PANEL):
+        panel = slice(start, start + PANEL)
         moved = torch.addmm(target[panel], n[:start, panel].T, error[:start])
-        for i in range(0, _PANEL, BLOCK):
-            block = slice(i, i + BLOCK)
-            code, rounded = codec.round(_groups(moved[block]))
-            here = slice(start + i, start + i + BLOCK)
-            values[here] = _columns(rounded, target.shape[1])
-            error[here] = target[here] - values[here]
-            rest = n[here, start + i + BLOCK : start + _PANEL]
-            moved[i + BLOCK :].addmm_(rest.T, error[here])
-            codes.append(code)
-    return torch.stack(codes, -1).view(-1, 8, len(codes)), values.T[:rows, :cols]
+        code, values[panel] = round_panel(codec, moved, target[panel], n[panel, panel])
+        error[panel] = target[panel] - values[panel]
+        codes.append(code)
+    return torch.cat(codes, 1).view(-1, 8, target.shape[0] // BLOCK), values.T[:rows, :cols]
+
+
+class PanelRounder(Protocol):
+    """Rounds PANEL columns: moved, target [PANEL, out] and n [PANEL, PANEL] fp32 → codes, values.
+
+    target holds the columns themselves, moved what the errors of the panels before make best for them. Returned are
+    codes [out / 4, PANEL / 2] int64 and values [PANEL, out] fp32, which the next call may overwrite.
+    """
+
+    def __call__(self, codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def round_panel(codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain PanelRounder; overwrites `moved`."""
+    values, codes = torch.empty_like(target), []
+    for i in range(0, PANEL, BLOCK):
+        block, rest = slice(i, i + BLOCK), slice(i + BLOCK, PANEL)
+        code, rounded = codec.round(_groups(moved[block]))
+        values[block] = _columns(rounded, target.shape[1])
+        moved[rest].addmm_(n[block, rest].T, target[block] - values[block])
+        codes.append(code)
+    return torch.stack(codes, -1), values
+
+
+class GraphedPanelRounder:
+    """`round_panel` as a CUDA graph, one a shape: its thousands of small kernels cost a launch each otherwise."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[str, torch.Size], _Graph] = {}
+
+    def __call__(self, codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        key = (codec.name, moved.shape)
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(codec, moved, target, n)
+        return self._graphs[key].replay(moved, target, n)
+
+
+class _Graph:
+    def __init__(self, codec: Codec, *inputs: Tensor) -> None:
+        self._inputs = [t.contiguous().clone() for t in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            round_panel(codec, *self._inputs)  # fills the caches of constant tensors, which capture must not
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = round_panel(codec, *self._inputs)
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        codes, values = self._outputs
+        return codes.clone(), values
 
 
 def _groups(columns: Tensor) -> Tensor:

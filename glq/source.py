@@ -9,32 +9,17 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from glq.errors import GlqError
 from glq.files import read_index
-
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-
-
-def resolve(model: str | Path, *, download: bool = True) -> Path:
-    """The local directory of a model: itself, or the snapshot of a hub name, downloaded if need be."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or not download or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-        raise GlqError(f"{model} is not a directory: give a local model directory or a Hugging Face name like org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
-    except (OSError, HFValidationError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise GlqError(
-            f"{model} is neither a local directory nor a model that the hub gives: {first}. "
-            "Check the name, the network and your access rights"
-        ) from error
 
 
 class SourceModel:
@@ -63,7 +48,7 @@ class SourceModel:
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
-    def tokenizer(self):  # noqa: ANN201 - transformers has no common public base class
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -149,7 +134,7 @@ class SourceModel:
             )
 
 
-def _read_config(path: Path):  # noqa: ANN202
+def _read_config(path: Path) -> PretrainedConfig:
     file = path / "config.json"
     if not file.is_file():
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
@@ -168,15 +153,17 @@ def _read_config(path: Path):  # noqa: ANN202
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
     """The decoder blocks: the elements of the module list with the most weights in linear layers."""
-    best, size = "", 0
+    best, size, length = "", 0, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             count = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
             if count > size and not (best and name.startswith(best + ".")):
-                best, size = name, count
+                best, size, length = name, count, len(module)
     if not best:
-        raise GlqError(f"no decoder blocks with linear layers were found in a {model_type!r} model: it is not supported")
-    return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]
+        raise GlqError(
+            f"no decoder blocks with linear layers were found in a {model_type!r} model: it is not supported"
+        )
+    return [f"{best}.{i}" for i in range(length)]
 
 
 def _set(module: nn.Module, key: str, value: Tensor) -> None:

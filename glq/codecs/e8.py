@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glq.codecs.lattice import choose, flip_worst, nearest_with_parity
+from glq.codecs.lattice import choose, flip_worst, nearest_integers
 
 SHIFT = (0.25, 0.25, 0.25, 0.0)  # of each half; the best multiple of 1/4 (docs/decisions.md, "Shift of E8")
 _COSETS = ((False, 0), (False, 1), (True, 0), (True, 1))  # (half-integers?, parity of the sum): four cosets of D4
@@ -63,20 +63,18 @@ class FactoredE8:
     def _encode(self, x: Tensor) -> Tensor:
         """Closed form where the nearest point of the whole lattice is a codeword, a search elsewhere."""
         halves = (x.T.contiguous().view(2, 4, -1) - _shift(x.device)).unbind()
-        classes = [[nearest_with_parity(h, half) for half in (False, True)] for h in halves]
-        costs = torch.zeros(4, x.shape[0])
-        for nearest in classes:
-            for half, (_, distance, parity, flip) in enumerate(nearest):
-                move = parity * flip
-                costs[2 * half] += distance + move
-                costs[2 * half + 1] += distance + flip - move
-        coset = costs.argmin(0)
+        nearest = [nearest_integers(h) for h in halves]
+        costs = torch.zeros(2, 2, x.shape[0])  # [half-integers?, parity of each half, n]
+        for _, distance, parity, flip in nearest:
+            move = parity * flip
+            costs[:, 0] += distance + move
+            costs[:, 1] += distance + flip - move
+        coset = costs.view(4, -1).argmin(0)
         is_half, is_odd = (coset // 2).float(), (coset % 2).float()
         entries = []
-        for h, ((point, _, parity, _), (point_h, _, parity_h, _)) in zip(halves, classes, strict=True):
-            flip = (choose(is_half, parity, parity_h) != is_odd).float()
-            point = flip_worst(h, choose(is_half, point, point_h), flip)
-            entries.append(_index_table(self.entries)[_grid_index(point)])
+        for h, (point, _, parity, _) in zip(halves, nearest, strict=True):
+            flip = (choose(is_half, parity) != is_odd).float()
+            entries.append(_index_table(self.entries)[_grid_index(flip_worst(h, choose(is_half, point), flip))])
         codes = (coset * self.entries + entries[0]) * self.entries + entries[1]
         missed = ((entries[0] < 0) | (entries[1] < 0)).nonzero()[:, 0]
         if missed.numel():
@@ -92,7 +90,7 @@ class FactoredE8:
     def _search(self, x: Tensor) -> Tensor:
         """Nearest codeword by the distances to all half vectors; x [n, 8] in lattice units → [n]."""
         distances = self._distances(x)
-        coset = sum(d.amin(-1) for d in distances).argmin(-1)
+        coset = (distances[0].amin(-1) + distances[1].amin(-1)).argmin(-1)
         pick = coset[:, None, None].expand(-1, 1, self.entries)
         first, second = (d.gather(1, pick)[:, 0].argmin(-1) for d in distances)
         return (coset * self.entries + first) * self.entries + second

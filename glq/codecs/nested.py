@@ -1,8 +1,8 @@
 """Nested E8: a Voronoi code of the E8 lattice with one of a few scales a vector (NestQuant, arXiv:2502.09720).
 
 Eight weights become the point of β·(E8 + s) nearest to them, s = (½, 0, …, 0), kept modulo q·E8: q⁸ codewords, those
-in the Voronoi region of q·E8. β is the one of `scales` that loses least: small ones resolve the bulk, large ones reach the tails.
-They are fitted to real rotated weights, not to a Gaussian alone (docs/decisions.md, "Scales of nested E8").
+in the Voronoi region of q·E8. β is the one of `scales` that loses least: small ones resolve the bulk, large ones reach
+the tails. They are fitted to real rotated weights, not to a Gaussian alone (docs/decisions.md, "Scales of nested E8").
 Encoding and decoding are closed forms; decoding is integers only, up to one product with β/2, so that every
 implementation agrees to the bit.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glq.codecs.lattice import choose, nearest_e8
+from glq.codecs.lattice import choose, constant, nearest_e8
 
-_FILL = 0.9  # a scale is not tried on vectors longer than _FILL · q · β: the Voronoi region ends between q/√2 and q
 _CHUNK = 32768  # columns at once: enough for two cores, little enough for their caches
+_ORDER = tuple(float(i) for i in range(8))
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class NestedE8:
     def low(self) -> int:
         return self.q & -self.q
 
-    @property
-    def _tried(self) -> int:
-        """Scales tried for a vector; trying all lowers the distortion by 0.3% (docs/decisions.md)."""
-        return 5 * len(self.scales) // 8
-
     def encode(self, x: Tensor) -> Tensor:
         """x [n, 8] float → codes [n] int64."""
         return self.round(x)[0]
@@ -55,9 +50,10 @@ class NestedE8:
 
         A vector beyond every scale's reach is clamped, never wrapped.
         """
-        size = _CHUNK // (self._tried + 1) if x.device.type == "cpu" else max(x.shape[0], 1)
-        codes, values = zip(*(self._round(part.T.float().contiguous()) for part in x.split(size)), strict=True)
-        return torch.cat(codes), torch.cat(values, 1).T
+        size = _CHUNK // (len(self.scales) + 1) if x.device.type == "cpu" else max(x.shape[0], 1)
+        parts = [self._round(part.T.float().contiguous()) for part in x.split(size)]
+        codes, values = parts[0] if len(parts) == 1 else (torch.cat(p, -1) for p in zip(*parts, strict=True))
+        return codes, values.T
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [...] int → [..., 8] fp32."""
@@ -66,33 +62,29 @@ class NestedE8:
         return torch.cat(parts).reshape(*codes.shape, 8)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [8, n] fp32 → codes [n] int64, values [8, n].
+        """x [8, n] fp32 → codes [n] int64, values [8, n]: every scale is tried, the largest one twice.
 
-        Tried are the scales from the first one on that may hold the vector (smaller ones never do), and last the
-        largest one on the vector pulled inside.
+        The second time on the vector pulled inside its reach: a vector of norm q/√2 - 1 rounds to a point inside the
+        Voronoi region (inradius less covering radius).
         """
         n = x.shape[1]
-        scales = torch.tensor(self.scales, device=x.device)
-        norm = x.square().sum(0).sqrt_()
-        first = torch.bucketize(norm / (_FILL * self.q), scales).clamp_max_(len(self.scales) - self._tried)
-        last = torch.full_like(first, len(self.scales) - 1)
-        index = torch.stack([*(first + k for k in range(self._tried)), last])  # [tried + 1, n]
-        beta = scales[index]
+        beta = constant((*self.scales, self.scales[-1]), x.device)[:, None]
+        reach = self.scales[-1] * (self.q / 2**0.5 - 1)
         t = x[:, None] / beta
-        # A vector of norm q/√2 - 1 rounds to a point inside the Voronoi region: inradius less covering radius.
-        t[:, -1] *= ((self.q / 2**0.5 - 1) * scales[-1] / norm.clamp_min_(1e-30)).clamp_max_(1.0)
+        t[:, -1] *= (reach / x.square().sum(0).sqrt_().clamp_min_(1e-30)).clamp_max_(1.0)
         t[0] -= 0.5  # s
         digits = self._digits(nearest_e8(t.view(8, -1)).mul_(2))
         values = self._shortest(self._doubled_point(digits)).view(8, -1, n) * (beta / 2)
         choice = (x[:, None] - values).square_().sum(0).argmin(0, keepdim=True)
         pick = choice.expand(8, 1, n)
         digits = digits.view(8, -1, n).gather(1, pick)[:, 0]
-        return self._pack(digits.long(), index.gather(0, choice)[0]), values.gather(1, pick)[:, 0]
+        scale = choice[0].clamp_max(len(self.scales) - 1)
+        return self._pack(digits.long(), scale), values.gather(1, pick)[:, 0]
 
     def _decode(self, codes: Tensor) -> Tensor:
         """codes [n] → [8, n] fp32."""
         digits, scale = self._unpack(codes.long())
-        beta = torch.tensor(self.scales, device=codes.device)
+        beta = constant(self.scales, codes.device)
         return self._shortest(self._doubled_point(digits.float())) * (beta / 2)[scale]
 
     def _digits(self, y: Tensor) -> Tensor:
@@ -118,29 +110,28 @@ class NestedE8:
         Ties: halves round up, the first of equally bad coordinates flips, the integer coset wins.
         """
         period = 2.0 * self.q
-        found = []
-        for shift in (0, self.q):
-            d = y - shift
-            r = ((d + self.q) / period).floor_()
-            d.sub_(r, alpha=period)
-            odd = r.sum(0).remainder_(2)
-            size = d.abs()
-            norm = d.square().sum(0).addcmul_(odd, period - 2 * size.amax(0), value=period)
-            found.append((d, size, odd, norm))
-        (d, size, odd, norm), (d_h, size_h, odd_h, norm_h) = found
-        half = (norm_h < norm).float()
-        d, size, odd = choose(half, d, d_h), choose(half, size, size_h), choose(half, odd, odd_h)
-        rank = size.mul_(8).sub_(torch.arange(8.0, device=y.device)[:, None])  # unique: the first of equals is largest
+        d = y[:, None] - constant((0.0, float(self.q)), y.device)[:, None]
+        r = ((d + self.q) / period).floor_()
+        d.sub_(r, alpha=period)
+        odd = r.sum(0).remainder_(2)
+        size = d.abs()
+        norm = d.square().sum(0).addcmul_(odd, period - 2 * size.amax(0), value=period)
+        half = (norm[1] < norm[0]).float()
+        d, odd = choose(half, d), choose(half, odd)
+        size = d.abs()
+        rank = size.mul_(8).sub_(constant(_ORDER, y.device)[:, None])  # unique: the first of equals is the largest
         worst = (rank == rank.amax(0)).float()
         return d.addcmul_(worst.copysign_(d), odd, value=-period)
 
     def _pack(self, digits: Tensor, scale: Tensor) -> Tensor:
         """digits [8, n] int64 below q and the index of β [n] → codes [n]."""
         i = torch.arange(8, device=digits.device)[:, None]
-        code = (digits % self.low << i * self._low_bits).sum(0)
-        if self.q != self.low:
-            code += (digits // self.low * 3**i).sum(0) << 8 * self._low_bits
-        return code + (scale << self._scale_bit)
+        place = 1 << i * self._low_bits
+        code = scale << self._scale_bit
+        if self.q == self.low:
+            return code + (digits * place).sum(0)
+        high = digits // self.low
+        return code + (digits * place + high * ((3**i << 8 * self._low_bits) - self.low * place)).sum(0)
 
     def _unpack(self, code: Tensor) -> tuple[Tensor, Tensor]:
         i = torch.arange(8, device=code.device)[:, None]

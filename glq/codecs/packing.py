@@ -7,6 +7,8 @@ pieces of 16, 8 and 4 bytes, the largest first; the 32 lanes' pieces lie side by
 is contiguous.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -58,14 +60,14 @@ def unpack(packed: Tensor, code_bits: int) -> Tensor:
     """Inverse of `pack`: [row tiles, column tiles, 32 · code_bits] uint8 → codes [row tiles, 8, in / 2] int64."""
     row_tiles, col_tiles, _ = packed.shape
     flat = packed.reshape(-1, tile_bytes(code_bits))
-    payload = torch.cat(
-        [flat[:, a * _LANES : b * _LANES].view(-1, _LANES, b - a) for a, b in _pieces(code_bits)], 2
-    )
+    payload = torch.cat([flat[:, a * _LANES : b * _LANES].view(-1, _LANES, b - a) for a, b in _pieces(code_bits)], 2)
     codes = []
     for i in range(_CODES):
         first, shift = divmod(i * code_bits, 8)
         last = ((i + 1) * code_bits + 7) // 8
-        word = sum(payload[..., k].long() << 8 * (k - first) for k in range(first, last))
+        word = torch.zeros_like(payload[..., 0], dtype=torch.int64)
+        for k in range(first, last):
+            word += payload[..., k].long() << 8 * (k - first)
         codes.append(word >> shift & (1 << code_bits) - 1)
     lanes = torch.stack(codes, -1).view(row_tiles, col_tiles, 8, 4, _CODES)
     return lanes.permute(0, 2, 1, 3, 4).reshape(row_tiles, 8, -1)
@@ -79,4 +81,4 @@ def _pieces(code_bits: int) -> list[tuple[int, int]]:
             cuts.append(cuts[-1] + size)
     if cuts[-1] != code_bits:
         raise ValueError(f"codes of {code_bits} bits do not fill words of 4 bytes in groups of eight")
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))

@@ -8,17 +8,13 @@ from glq.rotation import rotate
 
 
 @torch.library.custom_op("glq::matmul", mutates_args=())
-def matmul(
-    x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
-) -> Tensor:
+def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
     """x [..., in] fp32, fp16 or bf16 → y [..., out] in x's dtype; the rest as in PackedLinear."""
     return matmul_reference(x, codes, scale, signs, codec, out_features, block)
 
 
 @matmul.register_fake
-def _(
-    x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -1,0 +1,44 @@
+# make demo: quantize a real model and look at it.  make check: everything CI runs.
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := demo/smollm2-135m
+OUT := demo/smollm2-135m-glq-3bit
+
+.PHONY: demo check slow format clean
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(MODEL)/config.json: tools/fetch_model.py | $(VENV)/.demo
+	$(BIN)/python tools/fetch_model.py $(MODEL)
+
+demo: $(VENV)/.demo $(MODEL)/config.json
+	rm -rf $(OUT)
+	$(BIN)/glq quantize $(MODEL) $(OUT) --bits 3
+	$(BIN)/glq info $(OUT)
+	$(BIN)/glq eval $(OUT) --reference $(MODEL)
+	$(BIN)/glq generate $(OUT) "What is the capital of France, and what is it known for?" --chat --max-tokens 60
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest --slow
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

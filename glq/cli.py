@@ -1,0 +1,206 @@
+"""The command line: a thin skin over the functions of the package."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from glq import __version__
+from glq.errors import GlqError
+
+app = typer.Typer(help="Make language models 4–8 times smaller with the E8 lattice.", no_args_is_help=True)
+_err = Console(stderr=True)
+_out = Console()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A GlqError is the user's to mend: its text, exit code 2, no traceback."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # ours is the only one
+    try:
+        yield
+    except GlqError as error:
+        _err.print(f"[red]glq:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")],
+    out: Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")],
+    bits: Annotated[float, typer.Option(help="stored bits a weight: 1.5, 2, 3, 3.5 or 4")] = 3,
+    codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
+    tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16384,
+    ctx: Annotated[int, typer.Option(help="tokens in one calibration window")] = 1024,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    seed: Annotated[int, typer.Option(help="of the random rotation")] = 0,
+) -> None:
+    """Quantize a model's decoder layers."""
+    with _plain_errors():
+        from glq.machine import keep_large_tensors_off_the_heap
+        from glq.pipeline import Progress as Step
+        from glq.pipeline import Settings
+        from glq.pipeline import quantize as run
+
+        keep_large_tensors_off_the_heap()
+        settings = Settings(bits=bits, codec=codec, tokens=tokens, ctx=ctx, seed=seed)
+        with _bar() as bar:
+            task = bar.add_task("reading the model", total=None)
+
+            def show(step: Step) -> None:
+                bar.update(
+                    task, completed=step.done, total=step.total, description=f"{step.name}  error {step.error:.4f}"
+                )
+
+            result = run(model, out, settings, calibration=calibration, device=device, progress=show)
+        _out.print(
+            f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
+            f"peak memory {result.peak_bytes / 1e9:.2f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command("eval")
+def evaluate_command(
+    models: Annotated[list[str], typer.Argument(help="checkpoints to score")],
+    reference: Annotated[str, typer.Option(help="the model before quantization")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
+    ctx: Annotated[int, typer.Option(help="tokens in one window")] = 1024,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement with the reference."""
+    with _plain_errors():
+        from glq.evaluation import evaluate
+
+        with _bar() as bar:
+            task = bar.add_task("evaluating", total=None)
+            scores = evaluate(
+                reference,
+                list(models),
+                text=text,
+                tokens=tokens,
+                ctx=ctx,
+                device=device,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        table = Table("", "size", "stored bits", "perplexity", "KL", "KL p99", "top-1")
+        rows = []
+        for name, score in zip([reference, *models], scores, strict=True):
+            bits = _stored_bits(name)
+            rows.append({"model": str(name), "bits": bits, **asdict(score)})
+            table.add_row(
+                "reference" if not rows[1:] else str(name),
+                f"{score.weight_bytes / 1e6:.1f} MB",
+                "16" if bits is None else f"{bits:.3f}",
+                f"{score.perplexity:.2f}",
+                f"{score.kl:.4f}",
+                f"{score.kl_p99:.3f}",
+                f"{score.top1:.1%}",
+            )
+        if json_file is not None:
+            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        _out.print(table)
+        if any(score.nonfinite for score in scores):
+            raise GlqError("some logits were NaN or infinite: see `nonfinite` in --json")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="checkpoint directory or name")],
+    prompt: Annotated[str, typer.Argument(help="text to go on from")],
+    max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    chat: Annotated[bool, typer.Option(help="wrap the prompt in the model's chat template")] = False,
+) -> None:
+    """Complete a prompt, greedily."""
+    with _plain_errors():
+        from transformers import AutoTokenizer, TextStreamer
+
+        from glq.hf_integration import load
+        from glq.hub import resolve
+
+        loaded = load(model, device=device)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        if chat:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
+        streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer)
+
+
+@app.command()
+def info(
+    model: Annotated[Path, typer.Argument(help="checkpoint directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a checkpoint stores, counted from its files; checks them all."""
+    with _plain_errors():
+        from glq.checkpoint import inspect
+
+        summary = inspect(model)
+        content = {
+            "bits": summary.bits,
+            "file_bytes": summary.file_bytes,
+            "quantized_bytes": summary.quantized_bytes,
+            "quantized_weights": summary.quantized_weights,
+            "other_bytes": summary.other_bytes,
+            "glq_version": summary.config.version,
+            "layers": {
+                name: {"bits": bits, **asdict(summary.config.modules[name])}
+                for name, bits in summary.module_bits.items()
+            },
+        }
+        if as_json:
+            sys.stdout.write(json.dumps(content, indent=2) + "\n")
+            return
+        table = Table("codec", "layers", "weights", "stored bytes", "stored bits a weight")
+        for codec in sorted({m.codec for m in summary.config.modules.values()}):
+            names = [name for name, m in summary.config.modules.items() if m.codec == codec]
+            weights = sum(summary.config.modules[name].weights for name in names)
+            nbytes = sum(summary.module_bits[name] * summary.config.modules[name].weights for name in names) / 8
+            table.add_row(codec, str(len(names)), f"{weights:,}", f"{nbytes:,.0f}", f"{8 * nbytes / weights:.4f}")
+        _out.print(table)
+        _out.print(
+            f"quantized: {summary.quantized_bytes:,} bytes × 8 ÷ {summary.quantized_weights:,} weights = "
+            f"{summary.bits:.4f} bits; other tensors: {summary.other_bytes:,} bytes; "
+            f"files: {summary.file_bytes:,} bytes",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _out.print(__version__, highlight=False)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err, disable=not _err.is_terminal)
+
+
+def _stored_bits(model: str) -> float | None:
+    """Stored bits a quantized weight of a glq checkpoint; None for any other model."""
+    from glq.checkpoint import inspect
+
+    try:
+        return inspect(Path(model)).bits
+    except GlqError:
+        return None

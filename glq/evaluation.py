@@ -1,0 +1,117 @@
+"""How much worse a model is: perplexity, KL divergence to its reference, and how often their best tokens agree."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from glq.calibration import read_text, windows
+from glq.errors import GlqError
+from glq.hf_integration import load
+from glq.hub import resolve
+from glq.machine import pick_device
+
+_CHUNK = 64  # positions whose logits over the vocabulary are held at once
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model, over `tokens` predicted tokens; kl is KL(reference ‖ model) in nats a token."""
+
+    tokens: int
+    perplexity: float
+    kl: float
+    kl_p99: float
+    top1: float  # share of positions where the most likely token is the reference's
+    nonfinite: int  # positions whose logits held NaN or infinity; counted nowhere else
+    weight_bytes: int  # of the safetensors files
+
+
+@torch.inference_mode()
+def evaluate(
+    reference: str | Path,
+    models: list[str | Path],
+    *,
+    text: str | Path | None = None,
+    tokens: int = 16384,
+    ctx: int = 1024,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Score]:
+    """Score the reference (first) and each model on a text: its first windows of ctx tokens, none overlapping.
+
+    text is a UTF-8 file; without one, a public-domain text that the package ships, none of it in the calibration text.
+    GlqError if the vocabularies differ or the text is too short.
+    """
+    where = pick_device(device)
+    content = read_text(text, default="evaluation")
+    path = resolve(reference)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise GlqError(f"{reference} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    batches = windows(tokenizer, content, max(1, tokens // ctx), ctx, spread=False).to(where)
+    names = [reference, *models]
+    loaded = [load(name, device=where, dtype=dtype) for name in names]
+    tallies = [_Tally() for _ in names]
+    for done, window in enumerate(batches):
+        progress(done, len(batches))
+        _compare(loaded, tallies, window)
+    progress(len(batches), len(batches))
+    return [tally.score(_weight_bytes(resolve(name))) for tally, name in zip(tallies, names, strict=True)]
+
+
+class _Tally:
+    """One value a predicted token: negative log-likelihood, KL, agreement."""
+
+    def __init__(self) -> None:
+        self.nll: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.agree: list[Tensor] = []
+
+    def score(self, weight_bytes: int) -> Score:
+        nll, kl, agree = (torch.cat(part).double().cpu() for part in (self.nll, self.kl, self.agree))
+        good = torch.isfinite(nll) & torch.isfinite(kl)
+        count = int(good.sum())
+        if not count:
+            return Score(0, math.nan, math.nan, math.nan, math.nan, len(nll), weight_bytes)
+        return Score(
+            tokens=count,
+            perplexity=nll[good].mean().exp().item(),
+            kl=kl[good].mean().item(),
+            kl_p99=kl[good].quantile(0.99).item(),
+            top1=agree[good].mean().item(),
+            nonfinite=len(nll) - count,
+            weight_bytes=weight_bytes,
+        )
+
+
+def _compare(models: list[PreTrainedModel], tallies: list[_Tally], window: Tensor) -> None:
+    hidden = [model.base_model(window[None], use_cache=False).last_hidden_state[0, :-1] for model in models]
+    if len({model.get_output_embeddings().weight.shape[0] for model in models}) > 1:
+        raise GlqError("the models have vocabularies of different sizes: they cannot be compared")
+    for start in range(0, len(window) - 1, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        target = window[1:][part, None]
+        log_p = _log_probabilities(models[0], hidden[0][part])
+        best = log_p.argmax(-1)
+        for model, tally, states in zip(models, tallies, hidden, strict=True):
+            log_q = log_p if model is models[0] else _log_probabilities(model, states[part])
+            tally.nll.append(-log_q.gather(1, target)[:, 0])
+            tally.kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            tally.agree.append(log_q.argmax(-1) == best)
+
+
+def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(-1)
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

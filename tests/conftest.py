@@ -1,0 +1,102 @@
+"""Fixtures: a tiny random model with a tokenizer of its own, and the real SmolLM2-135M for slow tests."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="needs --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 60,000 characters of varied words."""
+    generator = torch.Generator().manual_seed(1)
+    words = [f"w{i}" for i in range(300)]
+    picks = torch.randint(0, len(words), (12_000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    return path
+
+
+def make_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(300)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(path)
+
+
+def make_model(path: Path, **changes) -> Path:
+    """A random Llama of odd sizes: 96 wide (3⊗32), an MLP of 200 (25⊗8, not a whole number of tiles)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 302,
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**settings | changes))
+    model.to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    from glq import Settings
+
+    return Settings(bits=3, tokens=512, ctx=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tiny_settings, text_file, tmp_path_factory) -> Path:
+    from glq import quantize
+
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    quantize(tiny_model, out, tiny_settings, calibration=text_file, device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real model, kept in demo/ as `make demo` keeps it."""
+    root = Path(__file__).parent.parent
+    out = root / "demo" / "smollm2-135m"
+    if not (out / "config.json").is_file():
+        spec = importlib.util.spec_from_file_location("fetch_model", root / "tools" / "fetch_model.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(out)
+    return out

@@ -1,0 +1,325 @@
+"""What is refused, how it says so, and that nothing is lost: GlqError of a line or two, exit code 2, no traceback."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import glq.hf_integration  # noqa: F401
+from glq import GlqError, quantize
+from glq.checkpoint import inspect
+from glq.cli import app
+from glq.config import GlqConfig
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def refused(tiny_settings, text_file, tmp_path):
+    """Quantizing must fail with a short GlqError and leave nothing behind."""
+
+    def check(model, match, settings=tiny_settings, calibration=text_file, device="cpu"):
+        with pytest.raises(GlqError, match=match) as info:
+            quantize(model, tmp_path / "out", settings, calibration=calibration, device=device)
+        assert str(info.value).count("\n") <= 1
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+    return check
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_missing_model(refused, tmp_path):
+    refused(tmp_path / "nowhere", "is not a directory: give a local model directory")
+
+
+def test_directory_without_config(refused, model):
+    (model / "config.json").unlink()
+    refused(model, "has no config.json")
+
+
+def test_broken_config(refused, model):
+    (model / "config.json").write_text("{")
+    refused(model, "is not a config that transformers reads")
+
+
+def test_unknown_architecture(refused, model):
+    edit_json(model / "config.json", lambda c: c.update(model_type="nonesuch"))
+    refused(model, "nonesuch")
+
+
+def test_model_that_is_no_language_model(refused, model):
+    edit_json(model / "config.json", lambda c: c.update(model_type="vit", architectures=["ViTModel"]))
+    refused(model, "cannot build a causal language model of type 'vit'")
+
+
+def test_missing_weights(refused, model):
+    (model / "model.safetensors").unlink()
+    refused(model, "holds no safetensors weights")
+
+
+def test_truncated_weights(refused, model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(model, "is damaged")
+
+
+def test_missing_tensor(refused, model):
+    edit_tensors(model / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(model, "lacks 1 of the tensors of a 'llama' model, first model.layers.1.mlp.up_proj.weight")
+
+
+def test_wrong_shape(refused, model):
+    edit_json(model / "config.json", lambda c: c.update(intermediate_size=208))
+    refused(model, r"expected shape \[208, 96\] from config.json, found \[200, 96\]")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(refused, model, value):
+    edit_tensors(
+        model / "model.safetensors",
+        lambda t: t["model.layers.1.mlp.up_proj.weight"].index_fill_(0, torch.tensor(3), value),
+    )
+    refused(model, "model.layers.1.mlp.up_proj.weight .* holds NaN or infinite values")
+
+
+def test_already_quantized(refused, checkpoint):
+    refused(checkpoint, "is quantized already")
+
+
+def test_short_text(refused, model, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    refused(model, "the text is too short: 8 windows of 64 tokens", calibration=tmp_path / "short.txt")
+
+
+def test_unreadable_text(refused, model, tmp_path):
+    refused(model, "cannot read the text", calibration=tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    refused(model, "Give a UTF-8 text file", calibration=tmp_path / "binary")
+
+
+def test_missing_tokenizer(refused, model):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    refused(model, "no usable tokenizer")
+
+
+def test_unusable_device(refused, model):
+    refused(model, "device 'warp' cannot be used", device="warp")
+
+
+def test_output_that_holds_something(tiny_model, tiny_settings, text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(GlqError, match="exists and is not an empty directory: nothing is overwritten"):
+        quantize(tiny_model, tmp_path / "out", tiny_settings, calibration=text_file, device="cpu")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "ten years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_that_cannot_be_written(tiny_model, tiny_settings, text_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GlqError, match="cannot write to"):
+        quantize(tiny_model, tmp_path / "file" / "out", tiny_settings, calibration=text_file, device="cpu")
+
+
+def test_an_interrupted_run_leaves_nothing(tiny_model, tiny_settings, text_file, tmp_path):
+    def stop(progress):
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_model, tmp_path / "out", tiny_settings, calibration=text_file, device="cpu", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+# -- reading a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def unreadable(checkpoint, match):
+    """Both `glq info` and transformers refuse it, with the same words."""
+    with pytest.raises(GlqError, match=match):
+        inspect(checkpoint)
+    with pytest.raises(GlqError, match=match):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def quantization(change):
+    return lambda content: change(content["quantization_config"])
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda q: q.update(format_version=2), "has format version 2, .* reads up to 1: pip install -U glq"),
+        (lambda q: q.update(format_version="1"), "format_version must be an integer"),
+        (lambda q: q.pop("format_version"), "format_version must be an integer of at least 1, found None"),
+        (lambda q: q.update(groups=3), "unknown keys groups"),
+        (lambda q: q.pop("modules"), "lacks modules"),
+        (lambda q: q.update(modules={}), "at least one quantized layer"),
+        (lambda q: q.update(bits="3"), "bits must be a number, found '3'"),
+        (lambda q: q["modules"][NAME].update(codec="e9"), "unknown codec 'e9'"),
+        (lambda q: q["modules"][NAME].update(codec=7), "codec must be a string, found 7"),
+        (lambda q: q["modules"][NAME].update(block=7), "block 7 does not divide in_features 96"),
+        (lambda q: q["modules"][NAME].update(block=96.0), "block must be a positive integer, found 96.0"),
+        (lambda q: q["modules"][NAME].update(out_features=-1), "out_features must be a positive integer"),
+        (lambda q: q["modules"][NAME].update(extra=1), "unknown keys extra"),
+        (lambda q: q["modules"][NAME].pop("block"), "lacks block"),
+        (lambda q: q["modules"].update({NAME: 3}), "expected an object"),
+        (lambda q: q["modules"][NAME].update(codec="nested-4"), "q_proj.codes should be U8 .*found U8"),
+        (
+            lambda q: q["modules"].update({"model.norm": q["modules"][NAME]}),
+            "tensor model.norm.codes is missing|model.norm is not a linear layer",
+        ),
+    ],
+)
+def test_changed_config(checkpoint, change, match):
+    edit_json(checkpoint / "config.json", quantization(change))
+    unreadable(checkpoint, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(f"{NAME}.codes"), f"{NAME}.codes is missing"),
+        (lambda t: t.pop(f"{NAME}.scale"), f"{NAME}.scale is missing"),
+        (lambda t: t.update({f"{NAME}.scale": t[f"{NAME}.scale"].float()}), f"{NAME}.scale should be F16"),
+        (lambda t: t.update({f"{NAME}.codes": t[f"{NAME}.codes"][:, :1].clone()}), f"{NAME}.codes should be U8"),
+        (lambda t: t.update({f"{NAME}.signs": t[f"{NAME}.signs"].repeat(2)}), f"{NAME}.signs should be U8"),
+        (lambda t: t.update({f"{NAME}.weight": torch.zeros(96, 96)}), "packed tensors and a plain weight"),
+    ],
+)
+def test_changed_tensors(checkpoint, change, match):
+    edit_tensors(checkpoint / "model.safetensors", change)
+    unreadable(checkpoint, match)
+
+
+def test_lost_plain_tensor_is_never_made_up(checkpoint):
+    edit_tensors(checkpoint / "model.safetensors", lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(GlqError, match=r"model\.norm\.weight"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_truncated_checkpoint(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    unreadable(checkpoint, "is damaged|checkpoint is incomplete")
+
+
+def test_index_that_leaves_the_directory(checkpoint):
+    index = {"metadata": {}, "weight_map": {"a": "../../etc/passwd.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(GlqError, match="do not trust it"):
+        inspect(checkpoint)
+
+
+def test_index_that_names_what_is_not_there(checkpoint):
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(GlqError, match="names 1 tensors that its files do not hold, first a"):
+        inspect(checkpoint)
+    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(GlqError, match=r"model-2.safetensors is missing"):
+        inspect(checkpoint)
+    index.write_text("[]")
+    with pytest.raises(GlqError, match="is not a safetensors index"):
+        inspect(checkpoint)
+
+
+def test_giant_header(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(GlqError, match="is damaged"):
+        inspect(checkpoint)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = ["quant_method", "format_version", "glq_version", "bits", "modules", "other"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.booleans())
+def test_no_config_gets_through_or_crashes(raw, plausible):
+    if plausible:
+        raw |= {"quant_method": "glq", "format_version": 1}
+    with pytest.raises(GlqError):
+        GlqConfig.from_dict(raw)
+
+
+def test_config_round_trip(tiny_checkpoint):
+    raw = json.loads((tiny_checkpoint / "config.json").read_text())["quantization_config"]
+    assert GlqConfig.from_dict(raw).to_dict() == raw
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "/nowhere/model", "/nowhere/out"],
+        ["quantize", "{model}", "{out}", "--bits", "7"],
+        ["quantize", "{model}", "{out}", "--bits", "3", "--codec", "e8-2"],
+        ["quantize", "{model}", "{out}", "--codec", "nonesuch"],
+        ["quantize", "{model}", "{checkpoint}"],
+        ["eval", "/nowhere/model", "--reference", "{model}"],
+        ["info", "{model}"],
+        ["generate", "/nowhere/model", "w1"],
+    ],
+)
+def test_command_line_errors_are_short_and_exit_with_2(arguments, tiny_model, tiny_checkpoint, tmp_path):
+    places = {"model": tiny_model, "checkpoint": tiny_checkpoint, "out": tmp_path / "out"}
+    result = CliRunner().invoke(app, [a.format(**places) for a in arguments])
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("glq:")
+    assert "Traceback" not in result.output + result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_core_imports_without_extras():
+    """`import glq`, and everything below the pipeline, runs where transformers and its friends are missing."""
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'accelerate', 'huggingface_hub', 'typer', 'rich', 'greenlet'):\n"
+        "    sys.modules[name] = None\n"
+        "import glq, glq.linear, glq.checkpoint, glq.rounding\n"
+        "try:\n    glq.quantize\n"
+        "except ImportError as e:\n    assert 'glq[hf]' in str(e), e\n"
+        "else:\n    raise SystemExit('no')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

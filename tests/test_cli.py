@@ -1,0 +1,64 @@
+"""The command line does what the functions do, and prints what the files say."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from glq.cli import app
+from glq.evaluation import evaluate
+
+runner = CliRunner()
+
+
+def run(*arguments) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output + str(result.stderr)
+    return result.output
+
+
+def test_quantize_writes_the_same_bytes_as_the_api(tiny_model, tiny_checkpoint, text_file, tmp_path):
+    options = ["--bits", 3, "--calibration", text_file, "--tokens", 512, "--ctx", 64, "--device", "cpu"]
+    output = run("quantize", tiny_model, tmp_path / "out", *options)
+    assert "stored bits a weight" in output
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
+
+
+def test_info_counts_the_files(tiny_checkpoint):
+    content = json.loads(run("info", tiny_checkpoint, "--json"))
+    assert content["file_bytes"] == (tiny_checkpoint / "model.safetensors").stat().st_size
+    assert content["bits"] == 8 * content["quantized_bytes"] / content["quantized_weights"]
+    assert len(content["layers"]) == 14
+    assert f"{content['bits']:.4f}" in run("info", tiny_checkpoint)
+
+
+def test_eval_scores_and_writes_json(tiny_model, tiny_checkpoint, text_file, tmp_path):
+    file = tmp_path / "scores.json"
+    options = ["--reference", tiny_model, "--text", text_file, "--tokens", 256, "--ctx", 64, "--device", "cpu"]
+    output = run("eval", tiny_checkpoint, *options, "--json", file)
+    assert "reference" in output
+    reference, candidate = json.loads(file.read_text())
+    assert reference["kl"] == pytest.approx(0, abs=1e-6)
+    assert reference["top1"] == 1
+    assert reference["bits"] is None
+    assert 0 < candidate["kl"] < 1
+    assert candidate["tokens"] == 4 * 63
+    assert candidate["nonfinite"] == 0
+    assert 3 < candidate["bits"] < 5
+
+
+def test_eval_agrees_with_plain_cross_entropy(tiny_model, tiny_checkpoint, text_file):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (score,) = evaluate(tiny_model, [], text=text_file, tokens=256, ctx=64, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"][:256]).view(4, 64)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert score.perplexity == pytest.approx(model(ids, labels=ids).loss.exp().item(), rel=1e-4)
+
+
+def test_generate_prints_text(tiny_checkpoint):
+    output = run("generate", tiny_checkpoint, "w1 w2 w3", "--max-tokens", 5, "--device", "cpu")
+    assert output.startswith("w1 w2 w3")
+    assert len(output.split()) == 8

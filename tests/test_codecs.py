@@ -1,0 +1,154 @@
+"""The laws of every codec: distortion as documented, idempotence, exactness, and decoding that never moves."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glq import GlqError
+from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
+from glq.codecs.e8 import half_table
+from glq.codecs.lattice import nearest_e8
+
+EVERY = pytest.mark.parametrize("name", CODECS)
+
+
+def normal(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@EVERY
+def test_distortion_is_the_documented_one(name):
+    codec = CODECS[name]
+    x = normal(200_000)
+    mse = (codec.decode(codec.encode(x)) - x).square().mean().item()
+    assert mse == pytest.approx(codec.mse, rel=0.01)
+
+
+@EVERY
+def test_what_is_decoded_is_encoded_without_loss(name):
+    codec = CODECS[name]
+    codes = torch.randint(0, 2**codec.code_bits, (20_000,), generator=torch.Generator().manual_seed(1))
+    for values in (codec.decode(codec.encode(normal(20_000))), codec.decode(codec.encode(codec.decode(codes)))):
+        torch.testing.assert_close(codec.decode(codec.encode(values)), values, rtol=0, atol=2e-6)
+
+
+@EVERY
+def test_rounding_is_encoding_and_decoding(name):
+    codec = CODECS[name]
+    for n in (1, 7, 1025, 9000):  # both sides of the chunks and of the two search strategies
+        x = normal(n, n)
+        codes, values = codec.round(x)
+        assert torch.equal(codes, codec.encode(x))
+        assert torch.equal(values, codec.decode(codes))
+
+
+@EVERY
+def test_codes_fit_their_bits_and_bits_are_honest(name):
+    codec = CODECS[name]
+    codes = codec.encode(normal(50_000) * 3)
+    assert codes.dtype == torch.int64
+    assert codes.min() >= 0
+    assert codes.max() < 2**codec.code_bits
+    assert codec.bits == codec.code_bits / codec.group
+
+
+@EVERY
+def test_vectors_far_out_are_clamped_towards_the_source(name):
+    codec = CODECS[name]
+    x = normal(2_000) * 100
+    values = codec.decode(codec.encode(x))
+    assert torch.isfinite(values).all()
+    assert (torch.cosine_similarity(values, x) > 0.5).all()
+    assert (values.norm(dim=1) < x.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("name", ["e8-1.5", "e8-2"])
+def test_factored_e8_finds_the_nearest_codeword(name):
+    codec = CODECS[name]
+    x = normal(3_000, 5) * 1.3
+    best = torch.full((3_000,), math.inf)
+    for part in torch.arange(2**codec.code_bits).split(4096):
+        best = torch.minimum(best, torch.cdist(x, codec.decode(part)).amin(1))
+    large = codec.decode(codec.encode(x.repeat(2, 1)))[:3_000]  # enough vectors for the closed form
+    small = torch.cat([codec.decode(codec.encode(part)) for part in x.split(500)])  # and few enough for the search
+    for values in (large, small):
+        torch.testing.assert_close((values - x).norm(dim=1), best, rtol=1e-4, atol=1e-4)
+
+
+def test_factored_codewords_are_distinct():
+    for name in ("e8-1.5", "e8-2"):
+        words = CODECS[name].decode(torch.arange(2 ** CODECS[name].code_bits))
+        assert torch.unique(words, dim=0).shape[0] == words.shape[0]
+
+
+def test_nearest_e8_point_is_in_e8_and_no_neighbour_is_nearer():
+    x = torch.randn(8, 2_000, generator=torch.Generator().manual_seed(0)) * 3
+    point = nearest_e8(x)
+    doubled = (2 * point).long()
+    assert torch.equal(doubled.remainder(2).amin(0), doubled.remainder(2).amax(0))  # all integers, or all halves
+    assert (point.sum(0).remainder(2) == 0).all()
+    signs = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * 8)
+    roots = [signs[signs.sum(1).remainder(2) == 0]]
+    for i in range(8):
+        for j in range(i):
+            for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+                root = torch.zeros(1, 8)
+                root[0, i], root[0, j] = a, b
+                roots.append(root)
+    roots = torch.cat(roots)
+    assert roots.shape[0] == 240  # the neighbours of a point of E8: they decide its Voronoi cell
+    distance = (x - point).norm(dim=0)
+    for root in roots:
+        assert (distance <= (x - point - root[:, None]).norm(dim=0) + 1e-5).all()
+
+
+# sha256 of decode() of 4,096 codes spread over the range, fp32 little-endian: old checkpoints must stay readable
+GOLDEN = {
+    "e8-1.5": "54c722e66bde9264",
+    "e8-2": "48f7ddf011494594",
+    "e8-3.5": "9a5ca0ba05621ea0",
+    "nested-3": "292f8556d7e4a2ac",
+    "nested-3.5": "87dff7b56b229f2e",
+    "nested-4": "26beeead116240bb",
+}
+
+
+@EVERY
+def test_decoding_never_changes(name):
+    codec = CODECS[name]
+    codes = torch.arange(4096) * (2**codec.code_bits // 4096) + torch.arange(4096) % (2**codec.code_bits // 4096 or 1)
+    digest = hashlib.sha256(codec.decode(codes).contiguous().numpy().tobytes()).hexdigest()
+    assert digest[:16] == GOLDEN[name]
+
+
+@pytest.mark.parametrize(("entries", "size"), [(32, 128), (128, 512)])
+def test_half_tables_are_small_exact_and_fit_int8(entries, size):
+    table = half_table(entries, torch.device("cpu"))
+    assert table.shape == (size, 4)
+    assert torch.equal(table * 4, (table * 4).round())
+    assert (table * 4).abs().max() <= 127
+    assert torch.equal(table, table.half().float())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=8, max_size=8), st.sampled_from(sorted(CODECS)), st.integers(0, 3)
+)
+def test_any_vector_is_rounded_the_same_alone_and_in_company(values, name, others):
+    codec = CODECS[name]
+    x = torch.tensor([values])
+    together = torch.cat([normal(others), x])
+    torch.testing.assert_close(
+        (codec.round(together)[1][-1:] - x).norm(), (codec.round(x)[1] - x).norm(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rates_by_name():
+    assert {bits: get_codec(name).bits for bits, name in DEFAULT_CODECS.items()} == {b: b for b in DEFAULT_CODECS}
+    assert sorted(DEFAULT_CODECS) == [1.5, 2, 3, 3.5, 4]
+    with pytest.raises(GlqError, match="unknown codec 'e9'.*e8-2"):
+        get_codec("e9")
