@@ -38,14 +38,14 @@ def release_memory() -> None:
 
 
 def keep_large_tensors_off_the_heap() -> None:
-    """Have glibc map each allocation of 4 MiB or more by itself, so that it is gone when it is freed.
+    """Have glibc map each allocation of 16 MiB or more by itself, so that it is gone when it is freed.
 
-    For a whole process, so it is for the one that owns it to call. It lowers the peak of `glq quantize` on
-    SmolLM2-135M from 1.4 to 1.2 GB and costs 3% of its time.
+    For a whole process, so it is for the one that owns it to call. glibc would move the threshold up otherwise, and
+    keep what lies below; a lower one costs page faults (docs/decisions.md, "Memory of quantizing").
     """
     option = _libc_function("mallopt")
     if option is not None:
-        option(-3, 4 * 2**20)  # M_MMAP_THRESHOLD
+        option(-3, 16 * 2**20)  # M_MMAP_THRESHOLD
 
 
 def _libc_function(name: str) -> Any:
