@@ -37,6 +37,18 @@ def test_matmul_is_the_product_with_the_dequantized_matrix(codec, rows, cols, bl
     assert error <= 2 * (plain.double() - exact).norm() / exact.norm() + 1e-6
 
 
+def test_large_activations_do_not_overflow_in_fp16():
+    """Decoded weights are N(0, 1): their sums must not reach fp16 before the row scales bring them down."""
+    p = random_packed("e8-2", 64, 1536, 512)
+    small = PackedLinear("e8-2", 64, 1536, 512, p.codes, p.scale * 0.01, p.signs)
+    x = torch.randn(2, 1536) * 3000
+    y = matmul(x.half(), *arguments(small))
+    exact = x.half().double() @ small.dequantize().double().T
+    assert (x.norm(dim=1).min() * p.dequantize().norm(dim=1).max() / 1536**0.5) > 65504  # it would have overflowed
+    assert torch.isfinite(y).all()
+    assert ((y.double() - exact).norm() / exact.norm()) < 2e-3
+
+
 def test_identity_input_reads_out_the_codes():
     p = random_packed("nested-4", 64, 64, 1)  # blocks of one: the rotation is the signs alone
     signs = PackedLinear("nested-4", 64, 64, 1, p.codes, torch.ones(64).half(), torch.zeros_like(p.signs))

@@ -21,8 +21,11 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_fe
 def matmul_reference(
     x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
 ) -> Tensor:
-    """What the op means: rotate x, multiply by the decoded codes in x's dtype, scale the outputs in fp32."""
+    """What the op means: rotate x in fp32, multiply by the decoded and scaled codes in x's dtype.
+
+    The scales go into the weights, not onto the outputs: in fp16 a sum of unscaled weights would overflow.
+    """
     in_features = x.shape[-1]
-    weight = decode_matrix(codes, codec, out_features, in_features).to(x.dtype)
-    rotated = rotate(x.float(), unpack_signs(signs, in_features), block).to(x.dtype)
-    return ((rotated @ weight.T).float() * scale.float()).to(x.dtype)
+    weight = decode_matrix(codes, codec, out_features, in_features) * scale.float()[:, None]
+    rotated = rotate(x.float(), unpack_signs(signs, in_features), block)
+    return rotated.to(x.dtype) @ weight.to(x.dtype).T
