@@ -1,5 +1,6 @@
 """Checkpoints: a directory of safetensors and a config.json that says how to read them (docs/FORMAT.md)."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glq.config import GlqConfig
@@ -16,7 +18,8 @@ from glq.errors import GlqError
 from glq.files import INDEX, SINGLE, read_index, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
 
-SHARD_BYTES = 4 * 2**30
+DIGESTS = "glq_sha256.json"  # of the weight files, so that damage is found where it cannot be seen
+SHARD_BYTES = 2**30
 _SAFETENSORS = {"torch.uint8": "U8", "torch.float16": "F16"}
 
 
@@ -38,9 +41,7 @@ class CheckpointWriter:
             )
         except OSError as error:
             raise GlqError(f"cannot write to {self.out.absolute().parent}: {error.strerror}") from error
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
+        self._parts: list[Path] = []
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -49,12 +50,10 @@ class CheckpointWriter:
         shutil.rmtree(self._dir, ignore_errors=True)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Take tensors over; written as soon as they fill a shard."""
-        for name, tensor in tensors.items():
-            self._pending[name] = tensor.detach().cpu().contiguous()
-            self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= SHARD_BYTES:
-            self._flush()
+        """Write tensors to disk, so that none are kept in memory while the work goes on."""
+        part = self._dir / f"part-{len(self._parts):06}"
+        self._save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+        self._parts.append(part)
 
     def add_file(self, source: Path) -> None:
         """Copy a file under its own name."""
@@ -67,31 +66,45 @@ class CheckpointWriter:
         (self._dir / name).write_text(content, encoding="utf-8")
 
     def commit(self) -> None:
-        """Name the shards, write the index, and move the directory to its place in one step."""
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
+        """Join the parts to shards, write the index, and move the directory to its place in one step."""
+        shards = self._shards()
         weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            file = SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-            (self._dir / f"shard-{i}").rename(self._dir / file)
-            weight_map |= dict.fromkeys(names, file)
-        if count > 1:
+        for i, parts in enumerate(shards):
+            file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for part in parts:
+                tensors |= load_file(part)
+            self._save(tensors, self._dir / file)
+            weight_map |= dict.fromkeys(tensors, file)
+            for part in parts:
+                part.unlink()
+        if len(shards) > 1:
             total = sum(f.stat().st_size for f in self._dir.glob("*.safetensors"))
             self.add_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        digests = {file.name: file_digest(file) for file in sorted(self._dir.glob("*.safetensors"))}
+        self.add_json(DIGESTS, {"sha256": digests})
         self._dir.chmod(0o755)
         if self.out.exists():
             self.out.rmdir()
         os.replace(self._dir, self.out)
 
-    def _flush(self) -> None:
-        file = self._dir / f"shard-{len(self._shards)}"
+    def _shards(self) -> list[list[Path]]:
+        """The parts in order, cut where a shard is full."""
+        shards: list[list[Path]] = [[]]
+        size = 0
+        for part in self._parts:
+            if shards[-1] and size + part.stat().st_size > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(part)
+            size += part.stat().st_size
+        return shards
+
+    def _save(self, tensors: dict[str, Tensor], file: Path) -> None:
         try:
-            save_file(self._pending, file, metadata={"format": "pt"})
-        except OSError as error:
+            save_file(tensors, file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
             raise GlqError(f"cannot write {self.out}: {error}. Free some space and start again") from error
-        self._shards.append(list(self._pending))
-        self._pending, self._bytes = {}, 0
 
 
 @dataclass(frozen=True)
@@ -123,15 +136,40 @@ def read_config(path: Path) -> GlqConfig:
     return GlqConfig.from_dict(raw.get("quantization_config", {}) if isinstance(raw, dict) else {})
 
 
-def inspect(path: Path) -> Summary:
-    """Check a whole checkpoint by its headers and count its bytes. GlqError names the first thing that is wrong."""
+def inspect(path: str | Path) -> Summary:
+    """Check a whole checkpoint and count its bytes. GlqError names the first thing that is wrong.
+
+    Headers are checked against config.json, and files against the digests that were written with them, if any.
+    """
     path = Path(path)
-    config = read_config(path)
-    return summarize(path, config)
+    summary = summarize(path, read_config(path))
+    if (path / DIGESTS).is_file():
+        _check_digests(path)
+    return summary
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_digests(path: Path) -> None:
+    try:
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))["sha256"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise GlqError(f"{path / DIGESTS} cannot be read: download the checkpoint again") from error
+    for name, expected in digests:
+        file = path / Path(name).name
+        if not file.is_file() or file_digest(file) != expected:
+            raise GlqError(f"{file} is not the file that was written (sha256 differs): download the checkpoint again")
 
 
 def summarize(path: Path, config: GlqConfig) -> Summary:
-    """`inspect` for a config that was read already."""
+    """`inspect` by the headers alone, for a config that was read already."""
     files = read_index(path)
     shapes = tensor_shapes(path, files)
     module_bits, quantized, weights = {}, 0, 0

@@ -40,6 +40,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")],
     bits: Annotated[float, typer.Option(help="stored bits a weight: 1.5, 2, 3, 3.5 or 4")] = 3,
     codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16384,
     ctx: Annotated[int, typer.Option(help="tokens in one calibration window")] = 1024,
@@ -54,7 +57,10 @@ def quantize(
         from glq.pipeline import quantize as run
 
         keep_large_tensors_off_the_heap()
-        settings = Settings(bits=bits, codec=codec, tokens=tokens, ctx=ctx, seed=seed)
+        if wrong := [entry for entry in layer or () if "=" not in entry]:
+            raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
+        exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
+        settings = Settings(bits=bits, codec=codec, layers=exceptions, tokens=tokens, ctx=ctx, seed=seed)
         with _bar() as bar:
             task = bar.add_task("reading the model", total=None)
 

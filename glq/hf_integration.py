@@ -75,6 +75,12 @@ class GlqHfQuantizer(HfQuantizer):
             summarize(folder, self._config)
             _refuse_missing(model, folder)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name in self._config.modules:
+            if not torch.isfinite(model.get_submodule(name).scale).all():
+                raise GlqError(f"{name}.scale holds NaN or infinite values: the file is damaged, get it again")
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):

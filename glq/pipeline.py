@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import cast
 
@@ -37,6 +38,7 @@ class Settings:
 
     bits: float = 3
     codec: str = "auto"  # or a name in CODECS
+    layers: tuple[tuple[str, str], ...] = ()  # (pattern of layer names, codec): exceptions, the last that matches holds
     tokens: int = 16384  # of calibration
     ctx: int = 1024
     seed: int = 0
@@ -50,14 +52,17 @@ class Settings:
             raise GlqError(
                 f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: drop one option"
             )
+        for _, codec in self.layers:
+            get_codec(codec)
         if self.ctx < 16 or self.tokens < self.ctx:
             raise GlqError(
                 f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
             )
 
-    @property
-    def codec_name(self) -> str:
-        return DEFAULT_CODECS[self.bits] if self.codec == "auto" else self.codec
+    def codec_of(self, layer: str) -> str:
+        """The codec of a layer by its full name."""
+        default = DEFAULT_CODECS[self.bits] if self.codec == "auto" else self.codec
+        return next((codec for pattern, codec in reversed(self.layers) if fnmatchcase(layer, pattern)), default)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,6 @@ def _quantize_blocks(
     writer: CheckpointWriter,
     progress: Callable[[Progress], None],
 ) -> dict[str, _Stored]:
-    codec = get_codec(settings.codec_name)
     panels = GraphedPanelRounder() if device.type == "cuda" else round_panel
     batches = tokens.split(max(1, _MICROBATCH // settings.ctx))
     reference, calls = capture(source, batches, device, torch.float32)
@@ -147,14 +151,20 @@ def _quantize_blocks(
         groups = find_groups(block, reference[0][:1], block_calls[0])
 
         def round_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
-            full = [f"{prefix}.{member}" for member in members]
-            layers = [cast(nn.Linear, twin.get_submodule(member)) for member in members]
-            packed, lost = round_layers(full, layers, moments, codec, settings, panels)
-            for layer, p, label in zip(layers, packed, full, strict=True):
-                layer.weight.data = p.dequantize()
-                writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
-                module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
-                stored[label] = _Stored(module, p.nbytes, lost)
+            seed = _seed(settings.seed, f"{prefix}.{members[0]}")
+            codecs = {member: settings.codec_of(f"{prefix}.{member}") for member in members}
+            for codec in dict.fromkeys(codecs.values()):
+                chosen = [member for member in members if codecs[member] == codec]
+                layers = [cast(nn.Linear, twin.get_submodule(member)) for member in chosen]
+                packed, lost = round_layers(layers, moments, get_codec(codec), seed, settings.damping, panels)
+                for member, layer, p in zip(chosen, layers, packed, strict=True):
+                    label = f"{prefix}.{member}"
+                    if not torch.isfinite(p.scale).all():
+                        raise GlqError(f"{label}: its weights are too large for 16-bit scales: the model is broken")
+                    layer.weight.data = p.dequantize()
+                    writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
+                    module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
+                    stored[label] = _Stored(module, p.nbytes, lost)
 
         for done in calibrate_block(block, groups, reference, quantized, block_calls, round_group):
             if done < len(groups):
@@ -167,26 +177,24 @@ def _quantize_blocks(
 
 
 def round_layers(
-    names: list[str],
     layers: list[nn.Linear],
     moments: Moments,
     codec: Codec,
-    settings: Settings,
+    seed: int,
+    damping: float,
     panels: PanelRounder = round_panel,
 ) -> tuple[list[PackedLinear], float]:
     """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % TILE_ROWS)) for layer in layers])
     block = block_width(weight.shape[1])
-    signs = random_signs(weight.shape[1], torch.Generator().manual_seed(_seed(settings.seed, names[0])))
+    signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed))
     signs = signs.to(weight.device)
     h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
     target = rotate(weight, signs, block)
-    m = factor(h, settings.damping)
+    m = factor(h, damping)
     target += HALF_STEP * solve(m, target @ drift)
     rounded = round_matrix(target, h, m, codec, panels)
     scale = rounded.scale.to(torch.float16)
-    if not torch.isfinite(scale).all():
-        raise GlqError(f"{names[0]}: its weights are too large for 16-bit scales: the model is broken")
     lost = objective(target, rounded.values * scale.float()[:, None], h).item()
     packed, tile = [], 0
     for layer in layers:

@@ -237,6 +237,21 @@ def test_truncated_checkpoint(checkpoint):
     unreadable(checkpoint, "is damaged|checkpoint is incomplete")
 
 
+def test_a_flipped_bit_is_found(checkpoint):
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(GlqError, match="is not the file that was written"):
+        inspect(checkpoint)
+
+
+def test_scales_that_are_not_finite(checkpoint):
+    edit_tensors(checkpoint / "model.safetensors", lambda t: t[f"{NAME}.scale"].fill_(torch.nan))
+    with pytest.raises(GlqError, match=f"{NAME}.scale holds NaN"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
 def test_index_that_leaves_the_directory(checkpoint):
     index = {"metadata": {}, "weight_map": {"a": "../../etc/passwd.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -295,6 +310,8 @@ def test_config_round_trip(tiny_checkpoint):
         ["quantize", "{model}", "{out}", "--bits", "7"],
         ["quantize", "{model}", "{out}", "--bits", "3", "--codec", "e8-2"],
         ["quantize", "{model}", "{out}", "--codec", "nonesuch"],
+        ["quantize", "{model}", "{out}", "--layer", "v_proj"],
+        ["quantize", "{model}", "{out}", "--layer", "*.v_proj=nonesuch"],
         ["quantize", "{model}", "{checkpoint}"],
         ["eval", "/nowhere/model", "--reference", "{model}"],
         ["info", "{model}"],

@@ -47,19 +47,21 @@ def test_in_memory_layers_are_the_ones_written(tiny_model, tiny_settings, text_f
     """The weights with which calibration went on are those that the checkpoint decodes to, to the bit."""
     import glq.pipeline as pipeline
 
-    used = {}
+    used = []
     original = pipeline.round_layers
 
-    def spy(names, layers, *args):
-        packed, lost = original(names, layers, *args)
-        used.update({name: p.dequantize() for name, p in zip(names, packed, strict=True)})
+    def spy(layers, *args):
+        packed, lost = original(layers, *args)
+        used.extend(p.dequantize() for p in packed)
         return packed, lost
 
     monkeypatch.setattr(pipeline, "round_layers", spy)
     quantize(tiny_model, tmp_path / "out", tiny_settings, calibration=text_file, device="cpu")
     model = load(tmp_path / "out")
-    for name, weight in used.items():
-        assert torch.equal(model.get_submodule(name).packed.dequantize(), weight)
+    read = [module.packed.dequantize() for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(read) == len(used) == 14
+    for weight, again in zip(used, read, strict=True):
+        assert torch.equal(weight, again)
 
 
 def test_same_settings_same_bytes_and_other_seed_other_bytes(
@@ -83,6 +85,24 @@ def test_every_rate_runs_and_more_bits_lose_less(bits, tiny_model, tiny_checkpoi
     at_three = json.loads((tiny_checkpoint / "quantization.json").read_text())["errors"]
     assert (sum(result.errors.values()) > sum(at_three.values())) == (bits < 3)
     assert inspect(tmp_path / "out").bits == pytest.approx(result.bits)
+
+
+def test_any_rate_for_any_layer(tiny_model, text_file, tmp_path):
+    exceptions = (("*.v_proj", "nested-4"), ("*.1.mlp.*", "e8-1.5"), ("*.down_proj", "e8-3.5"))
+    settings = Settings(bits=2, layers=exceptions, tokens=512, ctx=64)
+    quantize(tiny_model, tmp_path / "out", settings, calibration=text_file, device="cpu")
+    modules = inspect(tmp_path / "out").config.modules
+    found = {name.removeprefix("model.layers."): module.codec for name, module in modules.items()}
+    assert found["0.self_attn.q_proj"] == found["0.mlp.up_proj"] == "e8-2"
+    assert found["1.self_attn.v_proj"] == "nested-4"
+    assert found["1.mlp.up_proj"] == "e8-1.5"
+    assert found["1.mlp.down_proj"] == "e8-3.5"
+    model = load(tmp_path / "out")
+    attention = model.model.layers[0].self_attn
+    assert torch.equal(attention.q_proj.signs, attention.v_proj.signs)  # they read the same input
+    ids = torch.arange(60)[None]
+    y, z = model(ids).logits, load(tiny_model)(ids).logits
+    assert (y - z).norm() / z.norm() < 0.5
 
 
 def test_stored_bits_are_counted_from_the_files(tiny_checkpoint):
