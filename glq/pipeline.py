@@ -28,7 +28,7 @@ from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, r
 from glq.source import SourceModel
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
-_MICROBATCH = 2048  # tokens at once
+_MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
@@ -140,7 +140,7 @@ def _quantize_blocks(
     progress: Callable[[Progress], None],
 ) -> dict[str, _Stored]:
     panels = GraphedPanelRounder() if device.type == "cuda" else round_panel
-    batches = tokens.split(max(1, _MICROBATCH // settings.ctx))
+    batches = tokens.split(max(1, _MICROBATCH.get(device.type, 1024) // settings.ctx))
     reference, calls = capture(source, batches, device, torch.float32)
     quantized = list(reference)
     release_memory()
