@@ -141,6 +141,8 @@ def generate(
 
         loaded = load(model, device=device)
         tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        if chat and not tokenizer.chat_template:
+            raise GlqError(f"{model} has no chat template: leave out --chat")
         if chat:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -50,7 +50,7 @@ class Settings:
                 raise GlqError(f"bits must be one of {', '.join(map(str, DEFAULT_CODECS))}, found {self.bits}")
         elif get_codec(self.codec).bits != self.bits:
             raise GlqError(
-                f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: drop one option"
+                f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: ask for its bits"
             )
         for _, codec in self.layers:
             get_codec(codec)
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the work is: `done` of `total` groups of layers, the last one's relative error, in that group's name."""
+    """`done` of `total` groups of layers, the name of the last one and the share of output energy it lost."""
 
     done: int
     total: int
@@ -151,6 +151,10 @@ def _quantize_blocks(
         groups = find_groups(block, reference[0][:1], block_calls[0])
 
         def round_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
+            if not torch.isfinite(moments.hessian).all():
+                raise GlqError(
+                    f"{prefix}.{members[0]} reads NaN or infinite values on the calibration text: the model is broken"
+                )
             seed = _seed(settings.seed, f"{prefix}.{members[0]}")
             codecs = {member: settings.codec_of(f"{prefix}.{member}") for member in members}
             for codec in dict.fromkeys(codecs.values()):
