@@ -62,9 +62,6 @@ class CheckpointWriter:
     def add_json(self, name: str, content: dict[str, Any]) -> None:
         (self._dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def add_text(self, name: str, content: str) -> None:
-        (self._dir / name).write_text(content, encoding="utf-8")
-
     def commit(self) -> None:
         """Join the parts to shards, write the index, and move the directory to its place in one step."""
         shards = self._shards()
@@ -116,6 +113,7 @@ class Summary:
     quantized_bytes: int
     quantized_weights: int
     other_bytes: int
+    tensors: frozenset[str]  # names of all of them
     module_bits: dict[str, float]  # stored bits a weight of each quantized layer
 
     @property
@@ -195,4 +193,4 @@ def summarize(path: Path, config: GlqConfig) -> Summary:
         weights += module.weights
     file_bytes = sum((path / file).stat().st_size for file in set(files.values()))
     other = sum(nbytes for _, _, nbytes in shapes.values()) - quantized
-    return Summary(config, file_bytes, quantized, weights, other, module_bits)
+    return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits)

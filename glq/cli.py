@@ -206,9 +206,9 @@ def _bar() -> Progress:
 
 def _stored_bits(model: str) -> float | None:
     """Stored bits a quantized weight of a glq checkpoint; None for any other model."""
-    from glq.checkpoint import inspect
+    from glq.checkpoint import read_config, summarize
 
     try:
-        return inspect(Path(model)).bits
+        return summarize(Path(model), read_config(Path(model))).bits
     except GlqError:
         return None

@@ -14,7 +14,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from glq.checkpoint import summarize
 from glq.config import QUANT_METHOD, GlqConfig
 from glq.errors import GlqError
-from glq.files import read_index
 from glq.hub import resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
@@ -72,8 +71,7 @@ class GlqHfQuantizer(HfQuantizer):
             model.set_submodule(name, quantized)
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
-            summarize(folder, self._config)
-            _refuse_missing(model, folder)
+            _refuse_missing(model, folder, summarize(folder, self._config).tensors)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name in self._config.modules:
@@ -99,10 +97,9 @@ class GlqHfQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_missing(model: PreTrainedModel, folder: Path) -> None:
+def _refuse_missing(model: PreTrainedModel, folder: Path, found: frozenset[str]) -> None:
     """transformers fills tensors that a checkpoint lacks with random values; a glq checkpoint never lacks any."""
     tied = getattr(model, "all_tied_weights_keys", {})
-    found = read_index(folder)
     missing = [name for name in model.state_dict() if name not in found and name not in tied]
     if missing:
         raise GlqError(

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from glq.codecs import get_codec
 from glq.codecs.packing import TILE_ROWS, from_groups, pack, tile_bytes, tile_grid, unpack
-from glq.errors import GlqError
 from glq.rotation import unrotate
 
 
@@ -83,17 +82,3 @@ def unpack_signs(packed: Tensor, in_features: int) -> Tensor:
     """[⌈in / 8⌉] uint8 → [in] fp32 of ±1."""
     bits = packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1
     return 1.0 - 2.0 * bits.reshape(-1)[:in_features].float()
-
-
-def check_tensors(name: str, codec: str, out_features: int, in_features: int, found: dict[str, Tensor]) -> None:
-    """Raise GlqError unless `found` has exactly the tensors, shapes and dtypes that the codec asks for."""
-    for key, shape in packed_shapes(codec, out_features, in_features).items():
-        if key not in found:
-            raise GlqError(f"{name}.{key} is missing: the checkpoint is incomplete; download or quantize it again")
-        tensor = found[key]
-        if tuple(tensor.shape) != shape or tensor.dtype != PACKED_DTYPES[key]:
-            raise GlqError(
-                f"{name}.{key}: expected {PACKED_DTYPES[key]} {list(shape)} (codec {codec!r}, weight "
-                f"[{out_features}, {in_features}]), found {tensor.dtype} {list(tensor.shape)}. "
-                "The file is damaged or was written for another codec: download or quantize it again"
-            )
