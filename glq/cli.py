@@ -134,13 +134,13 @@ def generate(
 ) -> None:
     """Complete a prompt, greedily."""
     with _plain_errors():
-        from transformers import AutoTokenizer, TextStreamer
+        from transformers import TextStreamer
 
         from glq.hf_integration import load
-        from glq.hub import resolve
+        from glq.hub import load_tokenizer, resolve
 
         loaded = load(model, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        tokenizer = load_tokenizer(resolve(model))
         if chat and not tokenizer.chat_template:
             raise GlqError(f"{model} has no chat template: leave out --chat")
         if chat:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from glq.calibration import read_text, windows
 from glq.errors import GlqError
 from glq.hf_integration import load
-from glq.hub import resolve
+from glq.hub import load_tokenizer, resolve
 from glq.machine import pick_device
 
 _CHUNK = 64  # positions whose logits over the vocabulary are held at once
@@ -50,11 +50,7 @@ def evaluate(
     """
     where = pick_device(device)
     content = read_text(text, default="evaluation")
-    path = resolve(reference)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise GlqError(f"{reference} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(resolve(reference))
     batches = windows(tokenizer, content, max(1, tokens // ctx), ctx, spread=False).to(where)
     names = [reference, *models]
     loaded = [load(name, device=where, dtype=dtype) for name in names]

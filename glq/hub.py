@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from glq.errors import GlqError
 
@@ -25,3 +26,11 @@ def resolve(model: str | Path) -> Path:
             f"{model} is neither a local directory nor a model that the hub gives: {first}. "
             "Check the name, the network and your access rights"
         ) from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; GlqError if there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise GlqError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error

@@ -20,7 +20,7 @@ from glq.codecs.packing import TILE_ROWS
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
 from glq.files import INDEX
-from glq.hub import resolve
+from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.packed import PackedLinear, pack_codes, pack_signs
 from glq.rotation import block_width, random_signs, rotate
@@ -105,7 +105,7 @@ def quantize(
     where = pick_device(device)
     source = SourceModel(resolve(model))
     text = read_text(calibration)
-    tokens = windows(source.tokenizer(), text, settings.tokens // settings.ctx, settings.ctx, spread=True)
+    tokens = windows(load_tokenizer(source.path), text, settings.tokens // settings.ctx, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
         stored = _quantize_blocks(source, tokens, settings, where, writer, progress)

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from glq.errors import GlqError
@@ -47,12 +45,6 @@ class SourceModel:
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise GlqError(f"{self.path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
 
     def read(self, name: str) -> Tensor:
         """One tensor of the files, in its stored dtype, on the CPU."""
