@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glq.codecs import get_codec
-from glq.codecs.packing import TILE_ROWS, from_groups, pack, tile_bytes, tile_grid, unpack
+from glq.codecs.packing import from_strips, pack, tile_bytes, tile_grid, unpack
 from glq.rotation import unrotate
 
 
@@ -49,9 +49,10 @@ class PackedLinear:
 
 def packed_shapes(codec: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a [out, in] matrix stores; fixed by the codec and the two sizes alone."""
-    rows, cols = tile_grid(out_features, in_features)
+    c = get_codec(codec)
+    rows, cols = tile_grid(out_features, in_features, c.group)
     return {
-        "codes": (rows, cols, tile_bytes(get_codec(codec).code_bits)),
+        "codes": (rows, cols, tile_bytes(c.code_bits)),
         "scale": (out_features,),
         "signs": (math.ceil(in_features / 8),),
     }
@@ -63,12 +64,11 @@ PACKED_DTYPES = {"codes": torch.uint8, "scale": torch.float16, "signs": torch.ui
 def decode_matrix(codes: Tensor, codec: str, out_features: int, in_features: int) -> Tensor:
     """codes [row tiles, column tiles, tile bytes] uint8 → [out, in] fp32, rotated basis, unscaled rows."""
     c = get_codec(codec)
-    groups = c.decode(unpack(codes, c.code_bits))
-    return from_groups(groups, codes.shape[0] * TILE_ROWS)[:out_features, :in_features]
+    return from_strips(c.decode(unpack(codes, c.code_bits)))[:out_features, :in_features]
 
 
 def pack_codes(codes: Tensor, codec: str) -> Tensor:
-    """codes [row tiles, 8, in / 2] int64 → [row tiles, column tiles, tile bytes] uint8."""
+    """codes [row tiles, in / 2, 8] int64 → [row tiles, column tiles, tile bytes] uint8."""
     return pack(codes, get_codec(codec).code_bits)
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glq.codecs import Codec
-from glq.codecs.packing import TILE_COLS, TILE_ROWS
+from glq.codecs.packing import STRIP, TILE_COLS, tile_rows
 
-BLOCK = 2  # columns of a group
+BLOCK = 2  # columns of a strip
 PANEL = TILE_COLS
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """codes [row tiles, 8, padded in / 2] int64; values [out, in] fp32 = decode(codes); scale [out] fp32."""
+    """codes [row tiles, padded in / 2, 8] int64; values [out, in] fp32 = decode(codes); scale [out] fp32."""
 
     codes: Tensor
     values: Tensor
@@ -83,11 +83,11 @@ def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec, panels: "PanelRo
 def ldlq(w: Tensor, n: Tensor, codec: Codec, round_panel: "PanelRounder") -> tuple[Tensor, Tensor]:
     """Block LDLQ of w [out, in] fp32 with rows of unit variance; n [in, in] from `feedback`.
 
-    Returns codes [row tiles, 8, padded in / 2] int64 and their values [out, in] fp32. Rows and columns are filled up
+    Returns codes [row tiles, padded in / 2, 8] int64 and their values [out, in] fp32. Rows and columns are filled up
     with zeros to whole tiles.
     """
     rows, cols = w.shape
-    extra_rows, extra_cols = -rows % TILE_ROWS, -cols % TILE_COLS
+    extra_rows, extra_cols = -rows % tile_rows(codec.group), -cols % TILE_COLS
     target = pad(w, (0, extra_cols, 0, extra_rows)).T.contiguous()  # [in, out]: a block of columns is contiguous
     n = pad(n, (0, extra_cols, 0, extra_cols))
     values, error = torch.empty_like(target), torch.empty_like(target)
@@ -98,14 +98,14 @@ def ldlq(w: Tensor, n: Tensor, codec: Codec, round_panel: "PanelRounder") -> tup
         code, values[panel] = round_panel(codec, moved, target[panel], n[panel, panel])
         error[panel] = target[panel] - values[panel]
         codes.append(code)
-    return torch.cat(codes, 1).view(-1, 8, target.shape[0] // BLOCK), values.T[:rows, :cols]
+    return torch.cat(codes, 1), values.T[:rows, :cols]
 
 
 class PanelRounder(Protocol):
     """Rounds PANEL columns: moved, target [PANEL, out] and n [PANEL, PANEL] fp32 → codes, values.
 
     target holds the columns themselves, moved what the errors of the panels before make best for them. Returned are
-    codes [out / 4, PANEL / 2] int64 and values [PANEL, out] fp32, which the next call may overwrite.
+    codes [row tiles, PANEL / 2, 8] int64 and values [PANEL, out] fp32, which the next call may overwrite.
     """
 
     def __call__(self, codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -116,11 +116,11 @@ def round_panel(codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple
     values, codes = torch.empty_like(target), []
     for i in range(0, PANEL, BLOCK):
         block, rest = slice(i, i + BLOCK), slice(i + BLOCK, PANEL)
-        code, rounded = codec.round(_groups(moved[block]))
-        values[block] = _columns(rounded, target.shape[1])
+        code, rounded = codec.round(_strips(moved[block], codec.group))
+        values[block] = _columns(rounded)
         moved[rest].addmm_(n[block, rest].T, target[block] - values[block])
         codes.append(code)
-    return torch.stack(codes, -1), values
+    return torch.stack(codes, 1), values
 
 
 class GraphedPanelRounder:
@@ -156,14 +156,20 @@ class _Graph:
         return codes.clone(), values
 
 
-def _groups(columns: Tensor) -> Tensor:
-    """Two columns [2, out] → [out / 4, 8] groups of 4 rows × 2 columns, as packing.to_groups orders them."""
-    return columns.view(BLOCK, -1, 4, 8).permute(2, 0, 1, 3).reshape(8, -1).T
+def _strips(columns: Tensor, group: int) -> Tensor:
+    """Two columns [2, out] → strips [row tiles, 8, group], as packing.to_strips orders them.
+
+    The components are far apart in memory: E8 works on one after the other.
+    """
+    split = columns.view(BLOCK, -1, group // BLOCK, STRIP).permute(2, 0, 1, 3)  # [i, column, tile, g]
+    return split.reshape(group, -1, STRIP).permute(1, 2, 0)
 
 
-def _columns(groups: Tensor, rows: int) -> Tensor:
-    """Inverse of `_groups`: [out / 4, 8] → [2, out]."""
-    return groups.T.reshape(4, BLOCK, rows // TILE_ROWS, 8).permute(1, 2, 0, 3).reshape(BLOCK, rows)
+def _columns(strips: Tensor) -> Tensor:
+    """Inverse of `_strips`: [row tiles, 8, group] → [2, out]."""
+    tiles, _, group = strips.shape
+    split = strips.permute(2, 0, 1).reshape(group // BLOCK, BLOCK, tiles, STRIP)
+    return split.permute(1, 2, 0, 3).reshape(BLOCK, -1)
 
 
 def refit(w: Tensor, values: Tensor, h: Tensor, fallback: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glq.codecs import CODECS
-from glq.codecs.packing import from_groups, to_groups
+from glq.codecs.packing import from_strips, tile_rows, to_strips
 from glq.packed import decode_matrix, pack_codes
 from glq.rounding import BLOCK, factor, feedback, objective, refit, round_matrix, round_panel, solve
 
@@ -40,8 +40,8 @@ def test_ldlq_beats_plain_rounding(name, rows, cols):
     rounded = round_matrix(w, h, factor(h, 0.01), codec, round_panel)
     values = rounded.values * rounded.scale[:, None]
     scale = w.square().mean(1, keepdim=True).sqrt()
-    padded = torch.nn.functional.pad(w / scale, (0, -cols % 64, 0, -rows % 32))
-    plain = from_groups(codec.decode(codec.encode(to_groups(padded))), padded.shape[0])[:rows, :cols]
+    padded = torch.nn.functional.pad(w / scale, (0, -cols % 64, 0, -rows % tile_rows(codec.group)))
+    plain = from_strips(codec.decode(codec.encode(to_strips(padded, codec.group))))[:rows, :cols]
     plain_scale = refit(w, plain, h, scale[:, 0])
     assert objective(w, values, h) < 0.95 * objective(w, plain * plain_scale[:, None], h)
 
@@ -53,15 +53,16 @@ def test_values_are_what_the_codes_decode_to(name):
     assert torch.equal(decode_matrix(pack_codes(rounded.codes, name), name, 70, 100), rounded.values)
 
 
-def test_rows_do_not_disturb_each_other_across_tiles():
+@pytest.mark.parametrize(("name", "rows"), [("e8-2", 32), ("trellis-3", 64)])
+def test_rows_do_not_disturb_each_other_across_tiles(name, rows):
     """Layers that read the same input are rounded stacked; it must be as if each were rounded alone."""
     h = hessian(64, 200)
     m = factor(h, 0.01)
-    a, b = torch.randn(32, 64), torch.randn(64, 64) * 5
-    both = round_matrix(torch.cat([a, b]), h, m, CODECS["e8-2"], round_panel)
-    alone = round_matrix(a, h, m, CODECS["e8-2"], round_panel)
+    a, b = torch.randn(rows, 64), torch.randn(64, 64) * 5
+    both = round_matrix(torch.cat([a, b]), h, m, CODECS[name], round_panel)
+    alone = round_matrix(a, h, m, CODECS[name], round_panel)
     assert torch.equal(both.codes[:1], alone.codes)
-    torch.testing.assert_close(both.scale[:32], alone.scale)
+    torch.testing.assert_close(both.scale[:rows], alone.scale)
 
 
 @pytest.mark.parametrize("kind", ["zero", "nan", "rank one", "dead channel"])

@@ -6,13 +6,18 @@ from torch import Tensor
 
 from glq.codecs.e8 import FactoredE8, ResidualE8
 from glq.codecs.nested import NestedE8
+from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 
 __all__ = ["CODECS", "DEFAULT_CODECS", "Codec", "get_codec"]
 
 
 class Codec(Protocol):
-    """Rounds groups of `group` weights, close to N(0, 1), to codes of `code_bits` bits."""
+    """Rounds weights close to N(0, 1) to words of `code_bits` bits, each for `group` weights.
+
+    Eight words make a strip (codecs/packing.py). E8 codes every word for itself, so it takes any leading shape; a
+    trellis codes the eight words of a strip together.
+    """
 
     @property
     def name(self) -> str: ...
@@ -31,7 +36,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [n, group] float → codes [n] int64 below 2**code_bits. Deterministic; no host sync on CUDA."""
+        """x [..., 8, group] float → codes [..., 8] int64 of code_bits bits. Deterministic; no host sync on CUDA."""
         ...
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +44,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes [...] int → [..., group] fp32. decode(encode(decode(c))) == decode(c)."""
+        """codes [..., 8] int → [..., 8, group] fp32. decode(encode(decode(c))) == decode(c)."""
         ...
 
 
@@ -55,11 +60,17 @@ CODECS: dict[str, Codec] = {
     "nested-3.5": NestedE8("nested-3.5", 8, 28, (.312, .345, .371, .400, .431, .453, .476, .500,
                                                  .525, .551, .594, .640, .689, .760, .860, 1.101), mse=0.0134),
     "nested-4": NestedE8("nested-4", 12, 32, (.224, .267, .302, .333, .368, .406, .471, .682), mse=0.00644),
+    "trellis-1.5": Trellis("trellis-1.5", step_bits=3, table_bits=8, mse=0.1375),
+    "trellis-2": Trellis("trellis-2", step_bits=4, table_bits=8, mse=0.0695),
+    "trellis-2.5": Trellis("trellis-2.5", step_bits=5, table_bits=9, mse=0.0353),
+    "trellis-3": Trellis("trellis-3", step_bits=6, table_bits=9, mse=0.0179),
+    "trellis-3.5": Trellis("trellis-3.5", step_bits=7, table_bits=11, mse=0.00919),
+    "trellis-4": Trellis("trellis-4", step_bits=8, table_bits=11, mse=0.00476),
 }
 # fmt: on
 
 # The codec that `--codec auto` takes at each rate: the least KL at equal stored bits (docs/decisions.md).
-DEFAULT_CODECS: dict[float, str] = {1.5: "e8-1.5", 2: "e8-2", 3: "nested-3", 3.5: "nested-3.5", 4: "nested-4"}
+DEFAULT_CODECS: dict[float, str] = {bits: f"trellis-{bits}" for bits in (1.5, 2, 2.5, 3, 3.5, 4)}
 
 
 def get_codec(name: str) -> Codec:

@@ -41,14 +41,14 @@ class FactoredE8:
         return self.code_bits / self.group
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [n, 8] float → codes [n] int64 of the exactly nearest codewords (up to fp32 rounding)."""
-        x = x.float() * self.density
-        if x.device.type != "cpu" or x.shape[0] <= _FEW:
-            return self._search(x)  # no data-dependent shapes: safe in a CUDA graph
-        return torch.cat([self._encode(part) for part in x.split(_CHUNK)])
+        """x [..., 8] float → codes [...] int64 of the exactly nearest codewords (up to fp32 rounding)."""
+        scaled = x.reshape(-1, 8).float() * self.density
+        if x.device.type != "cpu" or scaled.shape[0] <= _FEW:
+            return self._search(scaled).view(x.shape[:-1])  # no data-dependent shapes: safe in a CUDA graph
+        return torch.cat([self._encode(part) for part in scaled.split(_CHUNK)]).view(x.shape[:-1])
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, 8] float → codes [n] int64 and their values [n, 8] fp32."""
+        """x [..., 8] float → codes [...] int64 and their values [..., 8] fp32."""
         codes = self.encode(x)
         return codes, self.decode(codes)
 
@@ -124,14 +124,15 @@ class ResidualE8:
         return self.code_bits / self.group
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [n, 8] float → codes [n] int64: the first stage's code in the low bits.
+        """x [..., 8] float → codes [...] int64: the first stage's code in the low bits.
 
         The first stage's best word in each of its four cosets is tried: 0.4 dB better than the nearest one alone.
         """
-        return torch.cat([self._encode(part.float()) for part in x.split(_CHUNK // 4)])
+        parts = x.reshape(-1, 8).split(_CHUNK // 4)
+        return torch.cat([self._encode(part.float()) for part in parts]).view(x.shape[:-1])
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, 8] float → codes [n] int64 and their values [n, 8] fp32."""
+        """x [..., 8] float → codes [...] int64 and their values [..., 8] fp32."""
         codes = self.encode(x)
         return codes, self.decode(codes)
 

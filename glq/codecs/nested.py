@@ -42,18 +42,19 @@ class NestedE8:
         return self.q & -self.q
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [n, 8] float → codes [n] int64."""
+        """x [..., 8] float → codes [...] int64."""
         return self.round(x)[0]
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, 8] float → codes [n] int64 and their values [n, 8] fp32.
+        """x [..., 8] float → codes [...] int64 and their values [..., 8] fp32.
 
         A vector beyond every scale's reach is clamped, never wrapped.
         """
-        size = _CHUNK // (len(self.scales) + 1) if x.device.type == "cpu" else max(x.shape[0], 1)
-        parts = [self._round(part.T.float().contiguous()) for part in x.split(size)]
+        flat = x.reshape(-1, 8)
+        size = _CHUNK // (len(self.scales) + 1) if x.device.type == "cpu" else max(flat.shape[0], 1)
+        parts = [self._round(part.T.float().contiguous()) for part in flat.split(size)]
         codes, values = parts[0] if len(parts) == 1 else (torch.cat(p, -1) for p in zip(*parts, strict=True))
-        return codes, values.T
+        return codes.view(x.shape[:-1]), values.T.reshape(x.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [...] int → [..., 8] fp32."""

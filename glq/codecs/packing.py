@@ -1,27 +1,34 @@
 """The tile layout: codes as bytes in the order in which a warp of a kernel streams them (docs/FORMAT.md).
 
-A tile is 32 rows × 64 columns of a weight matrix, of which lane (g, t) of a warp (g = 0..7, t = 0..3) holds rows
-g, g+8, g+16, g+24 and columns 16t … 16t+15: eight groups of 4 rows × 2 columns, the A fragments of four
-mma.m16n8k16 steps for two row tiles. A lane's eight codes are one little-endian string of code_bits bytes, cut into
-pieces of 16, 8 and 4 bytes, the largest first; the 32 lanes' pieces lie side by side, so that each load of a warp
-is contiguous.
+A code word stands for `group` weights, 8 or 16: two columns and the rows g, g + 8, g + 16, … of a tile. A tile is
+4 · group rows × 64 columns, of which lane (g, t) of a warp (g = 0..7, t = 0..3) holds the rows g + 8i and the columns
+16t … 16t + 15: eight words, which are the A fragments of four mma.m16n8k16 steps for its row tiles of 16. The eight
+words of two columns, one a g, are a strip: what a trellis code makes one stream of.
+
+A lane's eight words are one little-endian string of code_bits bytes, cut into pieces of 16, 8 and 4 bytes, the
+largest first; the 32 lanes' pieces lie side by side, so that each load of a warp is contiguous.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
-TILE_ROWS = 32
 TILE_COLS = 64
+STRIP = 8  # words of a strip, and of a lane in a tile
 _LANES = 32
-_CODES = 8  # of a lane in a tile
-_GROUP_ROWS, _GROUP_COLS = 4, 2
+_GROUP_COLS = 2
 
 
-def tile_grid(out_features: int, in_features: int) -> tuple[int, int]:
+def tile_rows(group: int) -> int:
+    """Rows of a tile of words of `group` weights."""
+    return STRIP * group // _GROUP_COLS
+
+
+def tile_grid(out_features: int, in_features: int, group: int) -> tuple[int, int]:
     """How many tiles cover [out, in]; the last ones are filled up with zeros before encoding."""
-    return -(-out_features // TILE_ROWS), -(-in_features // TILE_COLS)
+    return -(-out_features // tile_rows(group)), -(-in_features // TILE_COLS)
 
 
 def tile_bytes(code_bits: int) -> int:
@@ -29,48 +36,57 @@ def tile_bytes(code_bits: int) -> int:
     return _LANES * code_bits
 
 
-def to_groups(w: Tensor) -> Tensor:
-    """[32·r, 2·c] → [r · 8 · c, 8]: the groups of 4 rows × 2 columns that are coded together.
+def to_strips(w: Tensor, group: int) -> Tensor:
+    """[tile rows · r, 2 · c] → [r, c, 8, group]: strips of two columns, as 8 words of `group` weights each.
 
-    Row r = 32·tile + 8·i + g and column 2·j + e become component 2·i + e of group (tile, g, j).
+    Row 8·i + g of a tile and column 2·j + e become component 2·i + e of word g of strip j.
     """
-    tiles, pairs = w.shape[0] // TILE_ROWS, w.shape[1] // _GROUP_COLS
-    return w.reshape(tiles, _GROUP_ROWS, 8, pairs, _GROUP_COLS).permute(0, 2, 3, 1, 4).reshape(-1, 8)
+    tiles, pairs = w.shape[0] // tile_rows(group), w.shape[1] // _GROUP_COLS
+    split = w.reshape(tiles, group // _GROUP_COLS, STRIP, pairs, _GROUP_COLS)
+    return split.permute(0, 3, 2, 1, 4).reshape(tiles, pairs, STRIP, group)
 
 
-def from_groups(groups: Tensor, rows: int) -> Tensor:
-    """Inverse of `to_groups`: [n, 8] → [rows, 8·n / rows]."""
-    tiles = rows // TILE_ROWS
-    return groups.reshape(tiles, 8, -1, _GROUP_ROWS, _GROUP_COLS).permute(0, 3, 1, 2, 4).reshape(rows, -1)
+def from_strips(strips: Tensor) -> Tensor:
+    """Inverse of `to_strips`: [r, c, 8, group] → [tile rows · r, 2 · c]."""
+    tiles, pairs, _, group = strips.shape
+    split = strips.reshape(tiles, pairs, STRIP, group // _GROUP_COLS, _GROUP_COLS)
+    return split.permute(0, 3, 2, 1, 4).reshape(tiles * tile_rows(group), pairs * _GROUP_COLS)
 
 
 def pack(codes: Tensor, code_bits: int) -> Tensor:
-    """codes [row tiles, 8, in / 2] int64, one a group → bytes [row tiles, column tiles, 32 · code_bits] uint8."""
-    row_tiles, _, pairs = codes.shape
+    """codes [row tiles, in / 2, 8] int64 → bytes [row tiles, column tiles, 32 · code_bits] uint8."""
+    row_tiles, pairs, _ = codes.shape
     col_tiles = pairs * _GROUP_COLS // TILE_COLS
-    lanes = codes.view(row_tiles, 8, col_tiles, 4, _CODES).permute(0, 2, 1, 3, 4).reshape(-1, _LANES, _CODES)
-    bits = lanes[..., None] >> torch.arange(code_bits, device=codes.device) & 1
-    weights = 2 ** torch.arange(8, device=codes.device)
-    payload = (bits.view(-1, _LANES, code_bits, 8) * weights).sum(-1).to(torch.uint8)
+    lanes = codes.view(row_tiles, col_tiles, 4, STRIP, STRIP).permute(0, 1, 4, 2, 3).reshape(-1, _LANES, STRIP)
+    together = _words_to_whole_bytes(code_bits)
+    joined = lanes[..., 0::together]
+    for i in range(1, together):
+        joined = joined | lanes[..., i::together] << i * code_bits
+    shifts = torch.arange(0, together * code_bits, 8, device=codes.device)
+    payload = (joined[..., None] >> shifts & 255).to(torch.uint8).view(-1, _LANES, code_bits)
     parts = [payload[:, :, a:b].flatten(1) for a, b in _pieces(code_bits)]
     return torch.cat(parts, 1).view(row_tiles, col_tiles, tile_bytes(code_bits))
 
 
 def unpack(packed: Tensor, code_bits: int) -> Tensor:
-    """Inverse of `pack`: [row tiles, column tiles, 32 · code_bits] uint8 → codes [row tiles, 8, in / 2] int64."""
+    """Inverse of `pack`: [row tiles, column tiles, 32 · code_bits] uint8 → codes [row tiles, in / 2, 8] int64."""
     row_tiles, col_tiles, _ = packed.shape
     flat = packed.reshape(-1, tile_bytes(code_bits))
     payload = torch.cat([flat[:, a * _LANES : b * _LANES].view(-1, _LANES, b - a) for a, b in _pieces(code_bits)], 2)
-    codes = []
-    for i in range(_CODES):
-        first, shift = divmod(i * code_bits, 8)
-        last = ((i + 1) * code_bits + 7) // 8
-        word = torch.zeros_like(payload[..., 0], dtype=torch.int64)
-        for k in range(first, last):
-            word += payload[..., k].long() << 8 * (k - first)
-        codes.append(word >> shift & (1 << code_bits) - 1)
-    lanes = torch.stack(codes, -1).view(row_tiles, col_tiles, 8, 4, _CODES)
-    return lanes.permute(0, 2, 1, 3, 4).reshape(row_tiles, 8, -1)
+    together = _words_to_whole_bytes(code_bits)
+    columns = payload.view(-1, _LANES, STRIP // together, together * code_bits // 8)
+    joined = columns[..., 0].long()
+    for k in range(1, columns.shape[-1]):
+        joined |= columns[..., k].long() << 8 * k
+    if together > 1:
+        joined = torch.stack([joined >> i * code_bits & (1 << code_bits) - 1 for i in range(together)], -1)
+    lanes = joined.view(row_tiles, col_tiles, STRIP, 4, STRIP)
+    return lanes.permute(0, 1, 3, 4, 2).reshape(row_tiles, -1, STRIP)
+
+
+def _words_to_whole_bytes(code_bits: int) -> int:
+    """How many words together fill whole bytes."""
+    return 8 // math.gcd(code_bits, 8)
 
 
 def _pieces(code_bits: int) -> list[tuple[int, int]]:

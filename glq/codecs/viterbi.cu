@@ -1,0 +1,170 @@
+// Viterbi over the bit-shift trellis of codecs/viterbi.py: a block walks STRIPS strips at once around their circles.
+//
+// Costs are halves: the least cost is subtracted at every step, distances are sums of squares of small differences, and
+// so their errors are relative; on N(0, 1) the path is as good as with fp32 costs. Two nodes share every instruction.
+// Macros: K bits a pair, STRIPS strips a block, PAIRS node pairs a thread, GROUPS groups of threads that share the fans.
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+static constexpr int FANS = 1 << K, NODES = 1 << (16 - K), HIGH = NODES / FANS;
+static constexpr int LANES = NODES / 2 / PAIRS;  // threads of a group: together they hold every node once
+static constexpr int THREADS = LANES * GROUPS, ROWS = FANS / GROUPS, WARPS = LANES / 32;
+static constexpr u32 INFINITE = 0x7C007C00u;
+
+__device__ __forceinline__ u32 sub2(u32 a, u32 b) { u32 r; asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+__device__ __forceinline__ u32 min2(u32 a, u32 b) { u32 r; asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+__device__ __forceinline__ u32 low2(u32 a) { return __byte_perm(a, a, 0x1010); }
+__device__ __forceinline__ u32 high2(u32 a) { return __byte_perm(a, a, 0x3232); }
+__device__ __forceinline__ u32 cost2(u32 first, u32 second, u32 x0, u32 x1, u32 before) {
+  u32 a = sub2(first, x0), b = sub2(second, x1);
+  return fma2(b, b, fma2(a, a, before));
+}
+
+// Shared memory: before [NODES][STRIPS] halves, partial [GROUPS - 1][NODES / 2][STRIPS], least [WARPS][STRIPS], xs.
+struct Shared {
+  u16* before; u32* partial; u32* least; u32* xs; int* starts;
+  __device__ Shared(unsigned char* at, int steps) {
+    before = (u16*)at; at += NODES * STRIPS * 2;
+    partial = (u32*)at; at += (GROUPS - 1) * (NODES / 2) * STRIPS * 4;
+    least = (u32*)at; at += WARPS * STRIPS * 4;
+    xs = (u32*)at; at += STRIPS * steps * 4;
+    starts = (int*)at;
+  }
+};
+
+__device__ __forceinline__ void load_before(u32* m, const u16* at) {  // STRIPS costs of one node, each in both halves
+  if constexpr (STRIPS == 8) {
+    uint4 v = *(const uint4*)at; u32 w[4] = {v.x, v.y, v.z, v.w};
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) { m[2 * i] = low2(w[i]); m[2 * i + 1] = high2(w[i]); }
+  } else if constexpr (STRIPS == 4) {
+    uint2 v = *(const uint2*)at;
+    m[0] = low2(v.x); m[1] = high2(v.x); m[2] = low2(v.y); m[3] = high2(v.y);
+  } else if constexpr (STRIPS == 2) {
+    u32 v = *(const u32*)at; m[0] = low2(v); m[1] = high2(v);
+  } else {
+    m[0] = *at * 0x10001u;
+  }
+}
+
+// One way around, from pair `shift`. history [STRIPS of this block][steps][NODES] halves: the costs before each step.
+__device__ void walk(const Shared& s, const u32* first, const u32* second, u32* history, int steps, int shift, bool closed) {
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  for (int i = threadIdx.x; i < NODES * STRIPS; i += THREADS)
+    s.before[i] = closed && i / STRIPS != s.starts[i % STRIPS] ? 0x7C00 : 0;
+  for (int i = threadIdx.x; i < WARPS * STRIPS; i += THREADS) s.least[i] = 0;
+  __syncthreads();
+  for (int i = 0; i < steps; ++i) {
+    const int t = (i + shift) % steps;
+    u32 x0[STRIPS], x1[STRIPS], best[PAIRS][STRIPS];
+    #pragma unroll
+    for (int k = 0; k < STRIPS; ++k) {
+      u32 x = s.xs[k * steps + t]; x0[k] = low2(x); x1[k] = high2(x);
+      #pragma unroll
+      for (int q = 0; q < PAIRS; ++q) best[q][k] = INFINITE;
+    }
+    #pragma unroll UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const int h = group * ROWS + r;
+      #pragma unroll
+      for (int q = 0; q < PAIRS; ++q) {
+        const int pair = q * LANES + lane;
+        const u32 f = __ldg(first + h * (NODES / 2) + pair), g = __ldg(second + h * (NODES / 2) + pair);
+        u32 m[STRIPS];
+        load_before(m, s.before + (h * HIGH + (2 * pair >> K)) * STRIPS);
+        #pragma unroll
+        for (int k = 0; k < STRIPS; ++k) best[q][k] = min2(best[q][k], cost2(f, g, x0[k], x1[k], m[k]));
+      }
+    }
+    if (GROUPS > 1 && group > 0) {
+      #pragma unroll
+      for (int q = 0; q < PAIRS; ++q)
+        #pragma unroll
+        for (int k = 0; k < STRIPS; ++k) s.partial[((group - 1) * (NODES / 2) + q * LANES + lane) * STRIPS + k] = best[q][k];
+    }
+    __syncthreads();
+    u32 least[STRIPS];
+    if (group == 0) {
+      #pragma unroll
+      for (int k = 0; k < STRIPS; ++k) {
+        u32 before = INFINITE;  // the least cost of the step before: near enough to keep costs small
+        for (int w = 0; w < WARPS; ++w) before = min2(before, s.least[w * STRIPS + k]);
+        before = min2(low2(before), high2(before));
+        least[k] = INFINITE;
+        #pragma unroll
+        for (int q = 0; q < PAIRS; ++q) {
+          const int pair = q * LANES + lane;
+          u32 b = best[q][k];
+          for (int o = 0; o < GROUPS - 1; ++o) b = min2(b, s.partial[(o * (NODES / 2) + pair) * STRIPS + k]);
+          b = sub2(b, before);
+          least[k] = min2(least[k], b);
+          s.before[2 * pair * STRIPS + k] = (u16)b;
+          s.before[(2 * pair + 1) * STRIPS + k] = (u16)(b >> 16);
+          if (i + 1 < steps) history[((size_t)k * steps + i + 1) * (NODES / 2) + pair] = b;
+        }
+        #pragma unroll
+        for (int o = 16; o; o >>= 1) least[k] = min2(least[k], __shfl_xor_sync(~0u, least[k], o));
+      }
+    }
+    __syncthreads();
+    if (group == 0 && lane % 32 == 0) {
+      #pragma unroll
+      for (int k = 0; k < STRIPS; ++k) s.least[lane / 32 * STRIPS + k] = least[k];
+    }
+  }
+  __syncthreads();
+}
+
+// A warp follows one strip's best path back, from `node` at the end to step `stop`; states may be null. Returns the node before `stop`.
+__device__ int trace(const Shared& s, const u16* first, const u16* second, const u16* history, int* states, int k, int steps,
+                     int shift, int stop, int node, int start) {
+  const int lane = threadIdx.x % 32;
+  for (int i = steps - 1; i >= stop; --i) {
+    const int t = (i + shift) % steps;
+    const u32 x = s.xs[k * steps + t];
+    u32 least = ~0u;
+    if (i == 0) {
+      least = start >> (16 - 2 * K);
+    } else {
+      for (int h = lane; h < FANS; h += 32) {
+        u32 m = history[(size_t)i * NODES + h * HIGH + (node >> K)];
+        u32 c = cost2(first[h * NODES + node], second[h * NODES + node], x & 0xFFFF, x >> 16, m) & 0xFFFF;
+        least = min(least, c << 16 | h);
+      }
+      #pragma unroll
+      for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
+    }
+    const int h = least & 0xFFFF;
+    if (states && lane == 0) states[t] = h << (16 - K) | node;
+    node = h * HIGH + (node >> K);
+  }
+  return node;
+}
+
+// x [strips][steps] half2, first and second [FANS][NODES] halves, all times the same scale; strips are filled up to whole blocks.
+// history [strips][steps][NODES] halves of scratch; states [strips][steps].
+extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, const u32* first, const u32* second, u32* history, int* states, int steps) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Shared s(memory, steps);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const size_t strip = (size_t)blockIdx.x * STRIPS;
+  history += strip * steps * (NODES / 2);
+  for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = x[strip * steps + i];
+  walk(s, first, second, history, steps, steps / 2, false);
+  for (int k = warp; k < STRIPS; k += THREADS / 32) {
+    u32 least = ~0u;
+    for (int i = lane; i < NODES; i += 32) least = min(least, (u32)s.before[i * STRIPS + k] << 16 | i);
+    #pragma unroll
+    for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
+    const u16* mine = (const u16*)history + (size_t)k * steps * NODES;
+    const int node = trace(s, (const u16*)first, (const u16*)second, mine, nullptr, k, steps, steps / 2, steps - steps / 2, least & 0xFFFF, 0);
+    if (lane == 0) s.starts[k] = node;
+  }
+  __syncthreads();
+  walk(s, first, second, history, steps, 0, true);
+  for (int k = warp; k < STRIPS; k += THREADS / 32) {
+    const u16* mine = (const u16*)history + (size_t)k * steps * NODES;
+    trace(s, (const u16*)first, (const u16*)second, mine, states + (strip + k) * steps, k, steps, 0, 0, s.starts[k], s.starts[k]);
+  }
+}

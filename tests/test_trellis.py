@@ -1,0 +1,114 @@
+"""The trellis: what a state is, and that every search finds the path that the reference finds."""
+
+import pytest
+import torch
+
+from glq import nvrtc
+from glq.codecs import CODECS, viterbi, viterbi_cuda
+from glq.codecs.trellis import MULTIPLIER, Trellis, _tables, state_values
+
+TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
+EVERY = pytest.mark.parametrize("name", TRELLISES)
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+MULTIPROCESSORS = 132
+
+
+def pairs(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 64, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def error(x: torch.Tensor, states: torch.Tensor, values: torch.Tensor) -> float:
+    return (values[states] - x).square().mean().item()
+
+
+@EVERY
+def test_a_pair_from_16_bits_of_the_circle(name):
+    """Read as docs/FORMAT.md says, with Python's integers."""
+    codec = TRELLISES[name]
+    words = torch.randint(0, 2 ** min(codec.code_bits, 62), (1, 8))
+    values = codec.decode(words)[0].flatten()
+    circle = sum(int(w) << i * codec.code_bits for i, w in enumerate(words[0]))
+    total = 8 * codec.code_bits
+    table = _tables()[name]
+    for p in (0, 1, 31, 62, 63):
+        at = p * codec.step_bits
+        state = (circle >> at | circle << total - at) & 0xFFFF
+        h = state * MULTIPLIER % 2**32
+        entry = table[(h & 0x7FFF) >> 15 - codec.table_bits].tolist()
+        assert values[2 * p] == (-entry[0] if h & 0x8000 else entry[0])
+        assert values[2 * p + 1] == (-entry[1] if h >> 31 else entry[1])
+
+
+@EVERY
+def test_tables_are_small_and_their_values_bounded(name):
+    table = _tables()[name]
+    assert table.dtype == torch.float16
+    assert table.shape == (1 << TRELLISES[name].table_bits, 2)
+    assert table.numel() * 2 <= 8192
+    assert table.min() >= 0
+    assert table.max() < 5
+
+
+@EVERY
+def test_numba_finds_the_reference_path(name):
+    from glq.codecs.viterbi_numba import search
+
+    codec = TRELLISES[name]
+    values, x = state_values(codec, torch.device("cpu")), pairs(4) * torch.tensor([1.0, 3.0])
+    assert torch.equal(search(x, values, codec.step_bits), viterbi.reference(x, values, codec.step_bits))
+
+
+@pytest.mark.parametrize("steps", [16, 33])
+def test_paths_close_their_circle_at_any_length(steps):
+    codec = TRELLISES["trellis-3"]
+    values = state_values(codec, torch.device("cpu"))
+    states = viterbi.best_states(pairs(3)[:, :steps].contiguous(), values, codec.step_bits)
+    own = states & 63
+    assert torch.equal(states, (own | own.roll(-1, 1) << 6 | own.roll(-2, 1) << 12) & 0xFFFF)
+
+
+@EVERY
+def test_no_other_bit_is_better(name):
+    """Flip any one bit of a strip, outside the node where its circle was closed: its error grows."""
+    codec = TRELLISES[name]
+    x = pairs(1).view(1, 8, 16)
+    codes = codec.encode(x)
+    flips = torch.eye(8, dtype=torch.int64)[:, None] << torch.arange(codec.code_bits)[:, None]  # [word, bit, 8]
+    others = (codes ^ flips).view(-1, 8)
+    errors = (codec.decode(others) - x).square().flatten(1).mean(1)
+    best = (codec.decode(codes) - x).square().mean()
+    free = errors[16 - codec.step_bits :]  # the node: the first bits of the circle
+    assert (free >= best).all()
+    assert (errors >= best).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cuda_source_compiles_for_every_architecture_within_its_limits(arch):
+    for name, strips in (("trellis-1.5", 64), ("trellis-2", 5000), ("trellis-3", 400), ("trellis-4", 5000)):
+        plan = viterbi_cuda.plan(TRELLISES[name].step_bits, strips, MULTIPROCESSORS)
+        assert plan.threads <= 1024
+        assert plan.shared(64) <= 99 * 1024
+        assert plan.source.compile(arch)[:4] == b"\x7fELF"
+
+
+def test_cubins_are_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = viterbi_cuda.plan(8, 10, MULTIPROCESSORS).source
+    code = source.cubin("sm_90")
+    assert [f.read_bytes() for f in (tmp_path / "glq").iterdir()] == [code]
+    monkeypatch.setattr(nvrtc.Source, "compile", lambda *_: pytest.fail("compiled again"))
+    assert source.cubin("sm_90") == code
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EVERY
+@pytest.mark.parametrize("strips", [1, 7, 300, 2100])
+def test_cuda_finds_paths_as_good_as_the_reference(name, strips):
+    codec = TRELLISES[name]
+    values, x = state_values(codec, torch.device("cuda")), pairs(strips).cuda()
+    found = viterbi_cuda.search(x, values, codec.step_bits)
+    some = slice(0, 64)
+    best = viterbi.reference(x[some], values, codec.step_bits)
+    assert error(x[some], found[some], values) == pytest.approx(error(x[some], best, values), rel=2e-3)
+    codes = codec.encode(x.flip(1).view(-1, 8, 16))
+    assert torch.equal(codec.decode(codes).view(-1, 64, 2), values[found.flip(1)])
