@@ -12,11 +12,26 @@ from typing import Any
 from glq.errors import GlqError
 
 __version__ = "0.1.0"
-__all__ = ["GlqError", "Settings", "evaluate", "inspect", "load", "quantize"]
+__all__ = [
+    "GlqError",
+    "Plan",
+    "Settings",
+    "TuneSettings",
+    "evaluate",
+    "inspect",
+    "load",
+    "make_plan",
+    "quantize",
+    "tune",
+]
 
 _LAZY = {
     "Settings": "glq.pipeline",
-    "quantize": "glq.pipeline",
+    "Plan": "glq.allocation",
+    "make_plan": "glq.allocation",
+    "quantize": "glq.recipe",
+    "TuneSettings": "glq.tuning",
+    "tune": "glq.tuning",
     "load": "glq.hf_integration",
     "evaluate": "glq.evaluation",
     "inspect": "glq.checkpoint",

@@ -31,15 +31,17 @@ def read_text(path: str | Path | None, default: str = "calibration") -> str:
         raise GlqError(f"cannot read the text {path}: {error}. Give a UTF-8 text file") from error
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, ctx: int, *, spread: bool) -> Tensor:
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None, ctx: int, *, spread: bool) -> Tensor:
     """[count, ctx] token ids of non-overlapping windows, each after what the tokenizer puts in front (BOS).
 
-    spread takes the windows evenly from the whole text, otherwise they are its first ones. GlqError if it is too short.
+    spread takes the windows evenly from the whole text, otherwise they are its first ones; None takes all there are.
+    GlqError if the text is too short.
     """
     prefix = tokenizer("")["input_ids"]
     body = ctx - len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // body
+    count = max(1, available) if count is None else count
     if available < count:
         raise GlqError(
             f"the text is too short: {count} windows of {ctx} tokens need {count * body} tokens, it has {len(ids)}. "

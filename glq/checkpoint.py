@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ class CheckpointWriter:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(out)
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise GlqError(f"{self.out} exists and is not an empty directory: nothing is overwritten, name another one")
+        refuse_existing(self.out)
         try:
             self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._dir = Path(
@@ -61,6 +61,10 @@ class CheckpointWriter:
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
         (self._dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def add_text(self, name: str, write: Callable[[Path], None]) -> None:
+        """A file of that name, written by whoever knows what belongs into it."""
+        write(self._dir / name)
 
     def commit(self) -> None:
         """Join the parts to shards, write the index, and move the directory to its place in one step."""
@@ -102,6 +106,12 @@ class CheckpointWriter:
             save_file(tensors, file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise GlqError(f"cannot write {self.out}: {error}. Free some space and start again") from error
+
+
+def refuse_existing(out: Path) -> None:
+    """GlqError if `out` is anything but an empty directory or nothing."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise GlqError(f"{out} exists and is not an empty directory: nothing is overwritten, name another one")
 
 
 @dataclass(frozen=True)

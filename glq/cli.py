@@ -10,11 +10,21 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from glq import __version__
 from glq.errors import GlqError
+from glq.progress import Listener
+from glq.progress import Progress as Step
 
 app = typer.Typer(help="Make language models 4–8 times smaller with the E8 lattice.", no_args_is_help=True)
 _err = Console(stderr=True)
@@ -34,47 +44,127 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+_Model = Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")]
+_Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
+_Bits = Annotated[float, typer.Option(help="bits a weight, any figure from 1.5 to 4")]
+_Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")]
+_Tokens = Annotated[int | None, typer.Option(help="calibration tokens; default: 16,384 on a CPU, 65,536 on a GPU")]
+_Ctx = Annotated[int, typer.Option(help="tokens in one calibration window")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+_Seed = Annotated[int, typer.Option(help="of the random rotation")]
+
+
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")],
-    out: Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")],
-    bits: Annotated[float, typer.Option(help="stored bits a weight: 1.5, 2, 3, 3.5 or 4")] = 3,
+    model: _Model,
+    out: _Out,
+    bits: _Bits = 3,
     codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
     layer: Annotated[
         list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
-    tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16384,
-    ctx: Annotated[int, typer.Option(help="tokens in one calibration window")] = 1024,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    seed: Annotated[int, typer.Option(help="of the random rotation")] = 0,
+    mixed: Annotated[
+        bool | None,
+        typer.Option("--mixed/--uniform", help="let layers differ; default: at rates that no codec has"),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="a plan of `glq plan`, edited or not")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="train scales and norms towards the original afterwards")
+    ] = False,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    ctx: _Ctx = 1024,
+    device: _Device = "auto",
+    seed: _Seed = 0,
 ) -> None:
     """Quantize a model's decoder layers."""
     with _plain_errors():
+        from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
-        from glq.pipeline import Progress as Step
         from glq.pipeline import Settings
-        from glq.pipeline import quantize as run
+        from glq.recipe import quantize as run
+        from glq.tuning import TuneSettings
 
         keep_large_tensors_off_the_heap()
         if wrong := [entry for entry in layer or () if "=" not in entry]:
             raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
         settings = Settings(bits=bits, codec=codec, layers=exceptions, tokens=tokens, ctx=ctx, seed=seed)
-        with _bar() as bar:
-            task = bar.add_task("reading the model", total=None)
-
-            def show(step: Step) -> None:
-                bar.update(
-                    task, completed=step.done, total=step.total, description=f"{step.name}  error {step.error:.4f}"
-                )
-
-            result = run(model, out, settings, calibration=calibration, device=device, progress=show)
-        _out.print(
+        with _progress() as listener:
+            result = run(
+                model,
+                out,
+                settings,
+                mixed=mixed,
+                plan=None if plan is None else Plan.read(plan),
+                tuning=TuneSettings(ctx=ctx, seed=seed) if tune else None,
+                calibration=calibration,
+                device=device,
+                progress=listener,
+            )
+        tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"
+        _say(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
-            f"peak memory {result.peak_bytes / 1e9:.2f} GB",
-            highlight=False,
-            soft_wrap=True,
+            f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
+        )
+
+
+@app.command("plan")
+def plan_command(
+    model: _Model,
+    out: Annotated[Path, typer.Argument(help="JSON file to write")],
+    bits: _Bits = 3,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    ctx: _Ctx = 1024,
+    device: _Device = "auto",
+    seed: _Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="draw the plan here, too (PNG, SVG, PDF)")] = None,
+) -> None:
+    """Measure how much each group of layers matters, and allocate bits: for `glq quantize --plan`."""
+    with _plain_errors():
+        from glq.allocation import make_plan
+        from glq.pipeline import Settings
+
+        if out.exists():
+            raise GlqError(f"{out} exists: nothing is overwritten, name another file")
+        settings = Settings(bits=bits, tokens=tokens, ctx=ctx, seed=seed)
+        with _progress() as listener:
+            plan = make_plan(model, bits, settings, calibration=calibration, device=device, progress=listener)
+        plan.write(out)
+        table = Table("layers", "weights", "KL a unit of MSE", "codec")
+        for group, codec in zip(plan.groups, plan.codecs, strict=True):
+            table.add_row(", ".join(group.layers), f"{group.weights:,}", f"{group.sensitivity:.4f}", codec)
+        _out.print(table)
+        if plot is not None:
+            from glq.plots import plot_plan
+
+            plot_plan(plan, plot)
+
+
+@app.command("tune")
+def tune_command(
+    checkpoint: Annotated[Path, typer.Argument(help="glq checkpoint directory")],
+    out: _Out,
+    reference: Annotated[str, typer.Option(help="the model before quantization")],
+    text: _Calibration = None,
+    steps: Annotated[int | None, typer.Option(help="of the optimizer; default: 120 on a CPU, 300 on a GPU")] = None,
+    batch: Annotated[int | None, typer.Option(help="windows a step; default: 2 on a CPU, 8 on a GPU")] = None,
+    ctx: _Ctx = 1024,
+    learning_rate: Annotated[float, typer.Option(help="of AdamW")] = 3e-3,
+    device: _Device = "auto",
+    seed: Annotated[int, typer.Option(help="of the order of the windows")] = 0,
+) -> None:
+    """Train a checkpoint's scales, norms and biases towards the original's predictions, on your own text."""
+    with _plain_errors():
+        from glq.tuning import TuneSettings
+        from glq.tuning import tune as run
+
+        settings = TuneSettings(steps, batch, ctx, learning_rate, seed=seed)
+        with _progress() as listener:
+            result = run(checkpoint, out, reference, settings, text=text, device=device, progress=listener)
+        _say(
+            f"{out}: held-out KL {result.before:.4f} → {result.after:.4f} at step {result.step}, {result.seconds:.0f} s"
         )
 
 
@@ -197,6 +287,26 @@ def info(
 def version() -> None:
     """Print the version."""
     _out.print(__version__, highlight=False)
+
+
+def _say(line: str) -> None:
+    _out.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Listener]:
+    """A bar for each stage of long work."""
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: Step) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bar.add_task(step.stage, total=step.total)
+            bar.update(
+                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
+            )
+
+        yield show
 
 
 def _bar() -> Progress:

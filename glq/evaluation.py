@@ -94,19 +94,37 @@ def _compare(models: list[PreTrainedModel], tallies: list[_Tally], window: Tenso
     for start in range(0, len(window) - 1, _CHUNK):
         part = slice(start, start + _CHUNK)
         target = window[1:][part, None]
-        log_p = _log_probabilities(models[0], hidden[0][part])
+        log_p = log_probabilities(models[0], hidden[0][part])
         best = log_p.argmax(-1)
         for model, tally, states in zip(models, tallies, hidden, strict=True):
-            log_q = log_p if model is models[0] else _log_probabilities(model, states[part])
+            log_q = log_p if model is models[0] else log_probabilities(model, states[part])
             tally.nll.append(-log_q.gather(1, target)[:, 0])
             tally.kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
             tally.agree.append(log_q.argmax(-1) == best)
 
 
-def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[n, hidden] states of the last layer → [n, vocabulary] fp32."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (torch.tanh(logits / cap) * cap if cap else logits).log_softmax(-1)
+
+
+@torch.inference_mode()
+def last_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """For each window of ids [windows, ctx]: the last layer's states [ctx, hidden]."""
+    return [model.base_model(window[None], use_cache=False).last_hidden_state[0] for window in ids]
+
+
+@torch.inference_mode()
+def mean_divergence(model: PreTrainedModel, reference: PreTrainedModel, states: list[Tensor], ids: Tensor) -> float:
+    """Mean KL(reference ‖ model) in nats a token over ids [windows, ctx]; states: `last_states` of the reference."""
+    total = 0.0
+    for p, q in zip(states, (s for window in ids for s in last_states(model, window[None])), strict=True):
+        for a, b in zip(p.split(_CHUNK), q.split(_CHUNK), strict=True):
+            log_p = log_probabilities(reference, a)
+            total += (log_p.exp() * (log_p - log_probabilities(model, b))).sum().item()
+    return total / ids.numel()
 
 
 def _weight_bytes(path: Path) -> int:

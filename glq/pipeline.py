@@ -2,11 +2,10 @@
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,21 @@ from glq import __version__
 from glq.calibration import Moments, calibrate_block, capture, find_groups, read_text, windows
 from glq.checkpoint import CheckpointWriter
 from glq.codecs import CODECS, DEFAULT_CODECS, Codec, get_codec
-from glq.codecs.packing import TILE_ROWS
+from glq.codecs.packing import tile_rows
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
 from glq.files import INDEX
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.packed import PackedLinear, pack_codes, pack_signs
+from glq.progress import Listener, Progress, silent
 from glq.rotation import block_width, random_signs, rotate
 from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
 from glq.source import SourceModel
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
+_TOKENS = {"cpu": 16384, "cuda": 65536}
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
@@ -39,40 +40,38 @@ class Settings:
     bits: float = 3
     codec: str = "auto"  # or a name in CODECS
     layers: tuple[tuple[str, str], ...] = ()  # (pattern of layer names, codec): exceptions, the last that matches holds
-    tokens: int = 16384  # of calibration
+    tokens: int | None = None  # of calibration; None: 16,384 on a CPU, 65,536 on a GPU
     ctx: int = 1024
     seed: int = 0
     damping: float = 0.1
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
-            if self.bits not in DEFAULT_CODECS:
-                raise GlqError(f"bits must be one of {', '.join(map(str, DEFAULT_CODECS))}, found {self.bits}")
+            if not min(DEFAULT_CODECS) <= self.bits <= max(DEFAULT_CODECS):
+                raise GlqError(
+                    f"bits must lie between {min(DEFAULT_CODECS)} and {max(DEFAULT_CODECS)}, found {self.bits}"
+                )
         elif get_codec(self.codec).bits != self.bits:
             raise GlqError(
                 f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: ask for its bits"
             )
         for _, codec in self.layers:
             get_codec(codec)
-        if self.ctx < 16 or self.tokens < self.ctx:
+        if self.ctx < 16 or (self.tokens is not None and self.tokens < self.ctx):
             raise GlqError(
                 f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
             )
 
     def codec_of(self, layer: str) -> str:
-        """The codec of a layer by its full name."""
-        default = DEFAULT_CODECS[self.bits] if self.codec == "auto" else self.codec
-        return next((codec for pattern, codec in reversed(self.layers) if fnmatchcase(layer, pattern)), default)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` groups of layers, the name of the last one and the share of output energy it lost."""
-
-    done: int
-    total: int
-    name: str
-    error: float
+        """The codec of a layer by its full name. GlqError if no codec has this rate and the layer is not named."""
+        for pattern, codec in reversed(self.layers):
+            if pattern == layer or fnmatchcase(layer, pattern):
+                return codec
+        if self.codec != "auto":
+            return self.codec
+        if self.bits not in DEFAULT_CODECS:
+            raise GlqError(f"no codec has {self.bits} bits, and the plan does not name {layer}: plan this model anew")
+        return DEFAULT_CODECS[self.bits]
 
 
 @dataclass(frozen=True)
@@ -84,31 +83,42 @@ class Result:
     seconds: float
     peak_bytes: int  # resident memory of the process at its highest
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
+    groups: tuple[tuple[str, ...], ...]  # layers that read the same input
+    tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
 
 
-def quantize(
+class Planned(Protocol):
+    """What a pass needs to know of a plan: how to keep it with the checkpoint."""
+
+    def write(self, path: Path) -> None: ...
+
+
+def round_model(
     model: str | Path,
     out: str | Path,
     settings: Settings | None = None,
     *,
     calibration: str | Path | None = None,
     device: str = "auto",
-    progress: Callable[[Progress], None] = lambda _: None,
+    plan: Planned | None = None,
+    isolated: bool = False,
+    progress: Listener = silent,
 ) -> Result:
-    """Quantize a Hugging Face model directory (or hub name) into the checkpoint directory `out`.
+    """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
 
-    calibration is a UTF-8 text file; without one, a public-domain text that the package ships is used. Raises GlqError
-    before any work starts if the model, the text, the settings or `out` are not fit for it; nothing is overwritten.
+    isolated: every layer is rounded as if all others kept their weights, for whoever wants to know what it does alone.
     """
     start = time.monotonic()
     settings = settings or Settings()
     where = pick_device(device)
     source = SourceModel(resolve(model))
     text = read_text(calibration)
-    tokens = windows(load_tokenizer(source.path), text, settings.tokens // settings.ctx, settings.ctx, spread=True)
+    settings = replace(settings, tokens=settings.tokens or _TOKENS.get(where.type, _TOKENS["cpu"]))
+    count = max(1, (settings.tokens or 0) // settings.ctx)
+    tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        stored = _quantize_blocks(source, tokens, settings, where, writer, progress)
+        stored, groups = _quantize_blocks(source, tokens, settings, where, isolated, writer, progress)
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
         modules = {name: s.module for name, s in stored.items()}
@@ -119,8 +129,10 @@ def quantize(
         writer.add_json("config.json", raw)
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
+        if plan is not None:
+            writer.add_text("glq_plan.json", plan.write)
         writer.commit()
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
+    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, groups)
 
 
 @dataclass(frozen=True)
@@ -136,15 +148,17 @@ def _quantize_blocks(
     tokens: Tensor,
     settings: Settings,
     device: torch.device,
+    isolated: bool,
     writer: CheckpointWriter,
-    progress: Callable[[Progress], None],
-) -> dict[str, _Stored]:
+    progress: Listener,
+) -> tuple[dict[str, _Stored], tuple[tuple[str, ...], ...]]:
     panels = GraphedPanelRounder() if device.type == "cuda" else round_panel
     batches = tokens.split(max(1, _MICROBATCH.get(device.type, 1024) // settings.ctx))
     reference, calls = capture(source, batches, device, torch.float32)
     quantized = list(reference)
     release_memory()
     stored: dict[str, _Stored] = {}
+    all_groups: list[tuple[str, ...]] = []
     for i, name in enumerate(source.blocks):
         block = source.load(name, device, torch.float32)
         block_calls = [of_blocks[i] for of_blocks in calls]
@@ -165,7 +179,8 @@ def _quantize_blocks(
                     label = f"{prefix}.{member}"
                     if not torch.isfinite(p.scale).all():
                         raise GlqError(f"{label}: its weights are too large for 16-bit scales: the model is broken")
-                    layer.weight.data = p.dequantize()
+                    if not isolated:
+                        layer.weight.data = p.dequantize()
                     writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
                     module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
                     stored[label] = _Stored(module, p.nbytes, lost)
@@ -174,10 +189,11 @@ def _quantize_blocks(
             if done < len(groups):
                 label = f"{name}.{groups[done][0]}"
                 count, total = i * len(groups) + done + 1, len(source.blocks) * len(groups)
-                progress(Progress(count, total, label, stored[label].lost))
+                progress(Progress("rounding", count, total, f"{label}  error {stored[label].lost:.4f}"))
+        all_groups += [tuple(f"{name}.{member}" for member in members) for members in groups]
         source.unload(name)
         release_memory()
-    return stored
+    return stored, tuple(all_groups)
 
 
 def round_layers(
@@ -189,7 +205,8 @@ def round_layers(
     panels: PanelRounder = round_panel,
 ) -> tuple[list[PackedLinear], float]:
     """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
-    weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % TILE_ROWS)) for layer in layers])
+    height = tile_rows(codec.group)
+    weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
     block = block_width(weight.shape[1])
     signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed))
     signs = signs.to(weight.device)
@@ -202,9 +219,9 @@ def round_layers(
     lost = objective(target, rounded.values * scale.float()[:, None], h).item()
     packed, tile = [], 0
     for layer in layers:
-        tiles = -(-layer.out_features // TILE_ROWS)
+        tiles = -(-layer.out_features // height)
         codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
-        rows = scale[tile * TILE_ROWS :][: layer.out_features].clone()
+        rows = scale[tile * height :][: layer.out_features].clone()
         packed.append(
             PackedLinear(codec.name, layer.out_features, layer.in_features, block, codes, rows, pack_signs(signs))
         )

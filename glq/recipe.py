@@ -1,0 +1,57 @@
+"""From a model to a checkpoint: plan where layers differ, round, tune. What `glq quantize` does."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from glq.allocation import Plan, check_bits, make_plan
+from glq.checkpoint import refuse_existing
+from glq.codecs import DEFAULT_CODECS
+from glq.machine import pick_device
+from glq.pipeline import Result, Settings, round_model
+from glq.progress import Listener, silent
+from glq.tuning import TuneSettings, split_text, tune
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    calibration: str | Path | None = None,
+    device: str = "auto",
+    mixed: bool | None = None,
+    plan: Plan | None = None,
+    tuning: TuneSettings | None = None,
+    progress: Listener = silent,
+) -> Result:
+    """Quantize a Hugging Face model directory (or hub name) into the checkpoint directory `out`.
+
+    calibration: a UTF-8 text file; without one, a public-domain text that the package ships. mixed: let layers differ
+    in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this one instead of
+    measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the model, the text,
+    the settings or `out` are not fit for it; nothing is overwritten.
+    """
+    settings = settings or Settings()
+    out = Path(out)
+    refuse_existing(out)
+    if tuning is not None:
+        split_text(model, tuning, calibration, pick_device(device))  # refuses now what it would refuse in the end
+    if plan is None and (settings.bits not in DEFAULT_CODECS if mixed is None else mixed) and settings.codec == "auto":
+        check_bits(settings.bits)
+        plan = make_plan(model, settings.bits, settings, calibration=calibration, device=device, progress=progress)
+    if plan is not None:
+        settings = replace(settings, layers=(*plan.layers, *settings.layers))
+    if tuning is None:
+        result = round_model(model, out, settings, plan=plan, calibration=calibration, device=device, progress=progress)
+    else:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out.name}.", suffix=".untuned", dir=out.absolute().parent
+        ) as folder:
+            rounded = Path(folder) / "rounded"
+            result = round_model(
+                model, rounded, settings, plan=plan, calibration=calibration, device=device, progress=progress
+            )
+            tuned = tune(rounded, out, model, tuning, text=calibration, device=device, progress=progress)
+        result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))
+    return result

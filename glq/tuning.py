@@ -1,0 +1,235 @@
+"""Distillation of what costs no bits: row scales, norms and biases, trained towards the reference's own predictions.
+
+The codes stay as they are. Each optimizer step compares the quantized model's logits with the reference's, KL
+divergence in nats a token, on windows of the calibration text. Some windows are held out: the best state on those is
+what is kept, so training on too little text stops by itself.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from glq.calibration import read_text, windows
+from glq.checkpoint import DIGESTS, CheckpointWriter, read_config
+from glq.errors import GlqError
+from glq.evaluation import last_states, log_probabilities, mean_divergence
+from glq.files import INDEX, read_index
+from glq.hub import load_tokenizer, resolve
+from glq.linear import QuantLinear
+from glq.machine import pick_device
+from glq.progress import Listener, Progress, silent
+
+_CHUNK = 512  # positions whose logits over the vocabulary are held at once
+_LARGE = 3e9  # bytes of weight files from which weights are held in bf16
+_HELD_OUT = {"cpu": 6, "cuda": 16}  # windows
+_DEFAULTS = {"cpu": (2, 120), "cuda": (8, 300)}  # windows a step, steps
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """None: what suits the device (2 windows and 120 steps on a CPU, 8 and 300 on a GPU)."""
+
+    steps: int | None = None
+    batch: int | None = None  # windows a step
+    ctx: int = 1024
+    learning_rate: float = 3e-3  # of AdamW, with warm-up and cosine decay
+    patience: int = 4  # held-out scores in a row that may be worse than the best
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """KL on the held-out windows before and after, and the step whose state was kept (0: nothing was better)."""
+
+    before: float
+    after: float
+    step: int
+    seconds: float
+
+
+class TunableLinear(nn.Module):
+    """A quantized layer with its codes decoded once: y = (x · Wᵀ) · (1 + gain), gain [out] fp32 to be trained."""
+
+    weight: Tensor
+
+    def __init__(self, packed: QuantLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", packed.packed.dequantize().to(dtype))
+        self.gain = nn.Parameter(torch.zeros(packed.out_features, device=packed.codes.device))
+        self.bias = None if packed.bias is None else nn.Parameter(packed.bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight).float() * (1 + self.gain)  # fp32: a small gain must not round to 0
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def tune(
+    checkpoint_dir: str | Path,
+    out: str | Path,
+    reference: str | Path,
+    settings: TuneSettings | None = None,
+    *,
+    text: str | Path | None = None,
+    device: str = "auto",
+    progress: Listener = silent,
+) -> TuneResult:
+    """Tune a glq checkpoint towards `reference` on a UTF-8 text, and write the result to `out`.
+
+    May be repeated with other text. GlqError if the text is too short, or the two models do not belong together.
+    """
+    settings = settings or TuneSettings()
+    where = pick_device(device)
+    path = Path(checkpoint_dir)
+    config = read_config(path)
+    ids, is_held = split_text(reference, settings, text, where)
+    with CheckpointWriter(Path(out)) as writer:
+        dtype = _precision(reference, where)
+        teacher, student = _load(reference, where, dtype), _load(path, where, dtype)
+        trainable = _make_tunable(student, dtype)
+        result = _train(student, teacher, trainable, ids[~is_held], ids[is_held], settings, where, progress)
+        replaced = {name: p.detach() for name, p in trainable.items() if not name.endswith(".gain")}
+        gains = {name.removesuffix(".gain"): p for name, p in trainable.items() if name.endswith(".gain")}
+        _write(path, writer, replaced, {name: gain.detach().cpu() for name, gain in gains.items()}, set(config.modules))
+        writer.commit()
+    return result
+
+
+def split_text(
+    reference: str | Path, settings: TuneSettings, text: str | Path | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """All windows of a text [windows, ctx], and which are held out [windows] bool. GlqError if there are too few."""
+    ids = windows(load_tokenizer(resolve(reference)), read_text(text), None, settings.ctx, spread=True)
+    held = _HELD_OUT.get(device.type, 8)
+    if len(ids) < 2 * held:
+        raise GlqError(
+            f"tuning needs at least {2 * held} windows of {settings.ctx} tokens, the text has {len(ids)}: "
+            "give a longer one"
+        )
+    stride = len(ids) // held
+    is_held = torch.zeros(len(ids), dtype=torch.bool)
+    is_held[stride // 2 :: stride] = True
+    return ids, is_held
+
+
+def _precision(model: str | Path, device: torch.device) -> torch.dtype:
+    """fp32 where two models of that size fit easily, bf16 for large ones on a GPU."""
+    size = sum(file.stat().st_size for file in resolve(model).glob("*.safetensors"))
+    return torch.bfloat16 if device.type != "cpu" and size > _LARGE else torch.float32
+
+
+def _load(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _make_tunable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Replace quantized layers; the parameters that may be trained, by name: gains, norms and biases."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, TunableLinear(module, dtype))
+    trainable = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    for p in trainable.values():
+        p.data = p.data.float()
+        p.requires_grad_(True)
+    return trainable
+
+
+def _train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    trainable: dict[str, nn.Parameter],
+    ids: Tensor,
+    held_out: Tensor,
+    settings: TuneSettings,
+    device: torch.device,
+    progress: Listener,
+) -> TuneResult:
+    start = time.monotonic()
+    default_batch, default_steps = _DEFAULTS.get(device.type, (2, 120))
+    batch, steps = settings.batch or default_batch, settings.steps or default_steps
+    optimizer = torch.optim.AdamW(trainable.values(), lr=settings.learning_rate, weight_decay=0.0)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    )
+    every = max(1, steps // 8)
+    held_out = held_out.to(device)
+    states = last_states(teacher, held_out)
+    before = best = latest = mean_divergence(student, teacher, states, held_out)
+    kept, kept_step, worse = _state(trainable), 0, 0
+    batches = _shuffled(ids, batch, settings.seed)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        loss = _divergence(student, teacher, next(batches).to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == steps:
+            latest = mean_divergence(student, teacher, states, held_out)
+            worse = worse + 1 if latest >= best else 0
+            if latest < best:
+                best, kept, kept_step = latest, _state(trainable), step
+        progress(Progress("tuning", step, steps, f"KL {loss.item():.4f}, held out {latest:.4f}"))
+        if worse >= settings.patience:
+            break
+    for name, value in kept.items():
+        trainable[name].data.copy_(value)
+    return TuneResult(before, best, kept_step, time.monotonic() - start)
+
+
+def _divergence(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ student) over all positions of ids [windows, ctx], with gradient."""
+    with torch.no_grad():
+        target = teacher.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = student.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
+        log_p = log_probabilities(teacher, t).detach()
+        return (log_p.exp() * (log_p - log_probabilities(student, h))).sum()
+
+    pieces = zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True)
+    total = sum(
+        (checkpoint(part, h, t, use_reentrant=False) for h, t in pieces),
+        start=hidden.new_zeros((), dtype=torch.float32),
+    )
+    return total / len(hidden)
+
+
+def _shuffled(ids: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
+    """Batches of windows without end, each epoch in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(ids), generator=generator).split(batch):
+            yield ids[rows]
+
+
+def _state(trainable: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainable.items()}
+
+
+def _write(
+    source: Path, writer: CheckpointWriter, replaced: dict[str, Tensor], gains: dict[str, Tensor], modules: set[str]
+) -> None:
+    """The checkpoint with tuned scales, norms and biases (these in fp32: a few values, whose digits matter)."""
+    files = read_index(source)
+    for name, file in files.items():
+        with safe_open(source / file, "pt") as f:
+            tensor = f.get_tensor(name)
+        layer, _, kind = name.rpartition(".")
+        if kind == "scale" and layer in modules:
+            tensor = (tensor.float() * (1 + gains[layer])).to(tensor.dtype)
+        elif name in replaced:
+            tensor = replaced[name].float().cpu().view_as(tensor)
+        writer.add({name: tensor})
+    for extra in sorted(source.iterdir()):
+        if extra.is_file() and extra.suffix != ".safetensors" and extra.name not in (DIGESTS, INDEX):
+            writer.add_file(extra)

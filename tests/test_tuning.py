@@ -1,0 +1,80 @@
+"""Tuning: it lowers the divergence on text it never saw, changes scales and norms only, and stops by itself."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import glq
+from glq import GlqError, Settings, TuneSettings
+from glq.checkpoint import inspect
+
+
+@pytest.fixture(scope="module")
+def long_text(text_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    words = torch.randint(0, 90, (6000,), generator=torch.Generator().manual_seed(3)).tolist()
+    path.write_text(text_file.read_text() + " " + " ".join(f"w{w}" for w in words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_bits(tiny_model, long_text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "bits"
+    glq.quantize(tiny_model, out, Settings(bits=2, tokens=512, ctx=64), calibration=long_text, device="cpu")
+    return out
+
+
+def test_tuning_lowers_the_divergence_and_leaves_the_codes_alone(tiny_model, two_bits, long_text, tmp_path):
+    seen = []
+    settings = TuneSettings(steps=40, batch=8, ctx=64)
+    result = glq.tune(
+        two_bits, tmp_path / "out", tiny_model, settings, text=long_text, device="cpu", progress=seen.append
+    )
+    assert result.after < result.before
+    assert result.step > 0
+    assert [p.done for p in seen] == list(range(1, len(seen) + 1))
+    before, after = (load_file(d / "model.safetensors") for d in (two_bits, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed
+    assert all(name.endswith(".scale") or before[name].ndim == 1 for name in changed)
+    assert inspect(tmp_path / "out").bits == inspect(two_bits).bits
+    scores = glq.evaluate(tiny_model, [two_bits, tmp_path / "out"], text=long_text, tokens=1024, ctx=64, device="cpu")
+    assert scores[2].kl < scores[1].kl
+
+
+def test_quantize_and_tune_in_one_go_is_the_same(tiny_model, two_bits, long_text, tmp_path):
+    tuning = TuneSettings(steps=4, batch=4, ctx=64)
+    glq.tune(two_bits, tmp_path / "apart", tiny_model, tuning, text=long_text, device="cpu")
+    settings = Settings(bits=2, tokens=512, ctx=64)
+    result = glq.quantize(
+        tiny_model, tmp_path / "together", settings, calibration=long_text, device="cpu", tuning=tuning
+    )
+    assert result.tuned is not None
+    assert result.path == tmp_path / "together"
+    apart, together = (load_file(tmp_path / d / "model.safetensors") for d in ("apart", "together"))
+    assert all(torch.equal(apart[name], together[name]) for name in apart)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["apart", "together"]
+
+
+def test_too_large_steps_are_not_kept(tiny_model, two_bits, long_text, tmp_path):
+    wild = TuneSettings(steps=16, batch=2, ctx=64, learning_rate=10.0, patience=2)
+    seen = []
+    result = glq.tune(two_bits, tmp_path / "out", tiny_model, wild, text=long_text, device="cpu", progress=seen.append)
+    assert result.step == 0
+    assert result.after == result.before
+    assert len(seen) < 16  # patience ended it
+
+
+def test_too_little_text_is_refused(tiny_model, two_bits, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2 w3 " * 100)
+    with pytest.raises(GlqError, match="tuning needs at least 12 windows of 64 tokens"):
+        glq.tune(
+            two_bits, tmp_path / "out", tiny_model, TuneSettings(ctx=64), text=tmp_path / "short.txt", device="cpu"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_refused_before_any_work(tiny_model, two_bits, long_text):
+    with pytest.raises(GlqError, match="exists and is not an empty directory"):
+        glq.tune(two_bits, two_bits, tiny_model, TuneSettings(ctx=64), text=long_text, device="cpu")
