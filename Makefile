@@ -21,7 +21,7 @@ $(MODEL)/config.json: tools/fetch_model.py | $(VENV)/.demo
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	rm -rf $(OUT)
-	$(BIN)/glq quantize $(MODEL) $(OUT) --bits 3
+	$(BIN)/glq quantize $(MODEL) $(OUT) --bits 3 --codec nested-3
 	$(BIN)/glq info $(OUT)
 	$(BIN)/glq eval $(OUT) --reference $(MODEL)
 	$(BIN)/glq generate $(OUT) "What is the capital of France, and what is it known for?" --chat --max-tokens 60

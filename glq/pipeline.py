@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,9 +22,9 @@ from glq.errors import GlqError
 from glq.files import INDEX
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
-from glq.packed import PackedLinear, pack_codes, pack_signs
+from glq.packed import PackedLinear, pack_codes, pack_signs, unpack_signs
 from glq.progress import Listener, Progress, silent
-from glq.rotation import block_width, random_signs, rotate
+from glq.rotation import block_width, random_signs, rotate, unrotate
 from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
 from glq.source import SourceModel
 
@@ -101,12 +102,13 @@ def round_model(
     calibration: str | Path | None = None,
     device: str = "auto",
     plan: Planned | None = None,
-    isolated: bool = False,
+    targets: Callable[[str, Tensor], None] | None = None,
     progress: Listener = silent,
 ) -> Result:
     """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
 
-    isolated: every layer is rounded as if all others kept their weights, for whoever wants to know what it does alone.
+    targets is told each layer's name and the weights [out, in] fp32 that it would have had without rounding: the
+    original ones, moved towards what makes up for the layers before it.
     """
     start = time.monotonic()
     settings = settings or Settings()
@@ -118,7 +120,7 @@ def round_model(
     tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        stored, groups = _quantize_blocks(source, tokens, settings, where, isolated, writer, progress)
+        stored, groups = _quantize_blocks(source, tokens, settings, where, targets, writer, progress)
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
         modules = {name: s.module for name, s in stored.items()}
@@ -148,7 +150,7 @@ def _quantize_blocks(
     tokens: Tensor,
     settings: Settings,
     device: torch.device,
-    isolated: bool,
+    targets: Callable[[str, Tensor], None] | None,
     writer: CheckpointWriter,
     progress: Listener,
 ) -> tuple[dict[str, _Stored], tuple[tuple[str, ...], ...]]:
@@ -174,13 +176,14 @@ def _quantize_blocks(
             for codec in dict.fromkeys(codecs.values()):
                 chosen = [member for member in members if codecs[member] == codec]
                 layers = [cast(nn.Linear, twin.get_submodule(member)) for member in chosen]
-                packed, lost = round_layers(layers, moments, get_codec(codec), seed, settings.damping, panels)
-                for member, layer, p in zip(chosen, layers, packed, strict=True):
+                packed, moved, lost = round_layers(layers, moments, get_codec(codec), seed, settings.damping, panels)
+                for member, layer, p, target in zip(chosen, layers, packed, moved, strict=True):
                     label = f"{prefix}.{member}"
+                    if targets is not None:
+                        targets(label, unrotate(target, unpack_signs(p.signs, p.in_features), p.block))
                     if not torch.isfinite(p.scale).all():
                         raise GlqError(f"{label}: its weights are too large for 16-bit scales: the model is broken")
-                    if not isolated:
-                        layer.weight.data = p.dequantize()
+                    layer.weight.data = p.dequantize()
                     writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
                     module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
                     stored[label] = _Stored(module, p.nbytes, lost)
@@ -203,8 +206,11 @@ def round_layers(
     seed: int,
     damping: float,
     panels: PanelRounder = round_panel,
-) -> tuple[list[PackedLinear], float]:
-    """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
+) -> tuple[list[PackedLinear], list[Tensor], float]:
+    """Round linear layers that read the same input, as one matrix.
+
+    Returns them packed, what was rounded ([out, in], rotated), and the share of the outputs' energy that was lost.
+    """
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
     block = block_width(weight.shape[1])
@@ -217,7 +223,7 @@ def round_layers(
     rounded = round_matrix(target, h, m, codec, panels)
     scale = rounded.scale.to(torch.float16)
     lost = objective(target, rounded.values * scale.float()[:, None], h).item()
-    packed, tile = [], 0
+    packed, targets, tile = [], [], 0
     for layer in layers:
         tiles = -(-layer.out_features // height)
         codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
@@ -225,8 +231,9 @@ def round_layers(
         packed.append(
             PackedLinear(codec.name, layer.out_features, layer.in_features, block, codes, rows, pack_signs(signs))
         )
+        targets.append(target[tile * height :][: layer.out_features])
         tile += tiles
-    return packed, lost
+    return packed, targets, lost
 
 
 def _seed(seed: int, name: str) -> int:
