@@ -121,7 +121,7 @@ def measure(
     """The groups of a model and their sensitivities around a uniform rate near `bits`."""
     where = pick_device(device)
     codec = _QUICK[min(_QUICK, key=lambda rate: abs(rate - bits))]
-    quick = replace(settings, bits=get_codec(codec).bits, codec=codec, layers=())
+    quick = replace(settings, bits=get_codec(codec).bits, codec=codec, layers=(), embeddings=None, head=None)
     with tempfile.TemporaryDirectory(prefix="glq-plan-") as folder:
         out, targets = Path(folder) / "rounded", Path(folder) / "targets"
         targets.mkdir()

@@ -6,7 +6,7 @@ the rounded weights. One pass a block for each model, and no activations kept bu
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -88,6 +88,33 @@ def capture(
             for name in source.blocks:
                 del source.module(name).forward
     return inputs, calls
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """A block's output for its input [batch, ctx, hidden]."""
+    out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def final_states(
+    source: SourceModel, batches: Sequence[Tensor], hidden: Sequence[Sequence[Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """What the lm_head reads, given the last block's outputs in one or more models: [tokens, hidden] each, a batch."""
+    with source.outside_blocks(device, torch.float32) as model:
+        for name in source.blocks:
+            source.module(name).forward = lambda x, *_, **__: x
+        try:
+            for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):
+                states = []
+                for x in outputs:
+                    source.module(source.blocks[-1]).forward = lambda *_, x=x, **__: x
+                    out = model.base_model(input_ids=tokens.to(device), use_cache=False)
+                    states.append(out.last_hidden_state.flatten(0, 1))
+                yield tuple(states)
+        finally:
+            for name in source.blocks:
+                del source.module(name).forward
 
 
 class Run:
@@ -177,6 +204,14 @@ class _Sums:
             raise RuntimeError("no inputs were added")
         hessian = self._upper.triu().add_(self._upper.triu(1).T)
         return Moments(hessian.div_(self._count), self._drift.div_(self._count))
+
+
+def moments_of(inputs: Iterable[tuple[Tensor, ...]]) -> Moments:
+    """Moments of inputs that come as pairs x, x̂ of [tokens, in]; or as x alone, where no model is quantized yet."""
+    sums = _Sums()
+    for states in inputs:
+        sums.add(states[0], states[-1])
+    return sums.mean()
 
 
 def calibrate_block(

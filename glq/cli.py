@@ -63,6 +63,8 @@ def quantize(
     layer: Annotated[
         list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
     ] = None,
+    embeddings: Annotated[float | None, typer.Option(help="bits of the embeddings; default: as they are")] = None,
+    head: Annotated[float | None, typer.Option(help="bits of the lm_head; default: as it is")] = None,
     mixed: Annotated[
         bool | None,
         typer.Option("--mixed/--uniform", help="let layers differ; default: at rates that no codec has"),
@@ -89,7 +91,9 @@ def quantize(
         if wrong := [entry for entry in layer or () if "=" not in entry]:
             raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
-        settings = Settings(bits=bits, codec=codec, layers=exceptions, tokens=tokens, ctx=ctx, seed=seed)
+        settings = Settings(
+            bits, codec, exceptions, tokens=tokens, ctx=ctx, seed=seed, embeddings=embeddings, head=head
+        )
         with _progress() as listener:
             result = run(
                 model,

@@ -89,7 +89,7 @@ class _Tally:
 
 def _compare(models: list[PreTrainedModel], tallies: list[_Tally], window: Tensor) -> None:
     hidden = [model.base_model(window[None], use_cache=False).last_hidden_state[0, :-1] for model in models]
-    if len({model.get_output_embeddings().weight.shape[0] for model in models}) > 1:
+    if len({model.get_output_embeddings().out_features for model in models}) > 1:
         raise GlqError("the models have vocabularies of different sizes: they cannot be compared")
     for start in range(0, len(window) - 1, _CHUNK):
         part = slice(start, start + _CHUNK)

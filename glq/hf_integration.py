@@ -12,7 +12,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from glq.checkpoint import summarize
-from glq.config import QUANT_METHOD, GlqConfig
+from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig
+from glq.embedding import QuantEmbedding, TiedHead, embedding_scale
 from glq.errors import GlqError
 from glq.hub import resolve
 from glq.linear import QuantLinear
@@ -53,22 +54,21 @@ class GlqHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         for name, module in self._config.modules.items():
-            linear = _linear(model, name)
-            if (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
+            original = _replaceable(model, name)
+            rows, cols = original.weight.shape
+            if (cols, rows) != (module.in_features, module.out_features):
                 raise GlqError(
                     f"{name}: the checkpoint has a [{module.out_features}, {module.in_features}] weight, the model a "
-                    f"[{linear.out_features}, {linear.in_features}] one: config.json was changed"
+                    f"[{rows}, {cols}] one: config.json was changed"
                 )
             with torch.device("meta"):
-                quantized = QuantLinear(
-                    module.in_features,
-                    module.out_features,
-                    module.codec,
-                    module.block,
-                    bias=linear.bias is not None,
-                    dtype=linear.weight.dtype,
-                )
+                quantized = _quantized(original, module)
+            tied = isinstance(quantized, QuantEmbedding) and _tied_head(model, original)
             model.set_submodule(name, quantized)
+            if isinstance(quantized, QuantEmbedding) and tied:
+                model.set_output_embeddings(TiedHead(quantized))
+                model.all_tied_weights_keys = {}
+                model._tied_weights_keys = {}
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
             _refuse_missing(model, folder, summarize(folder, self._config).tensors)
@@ -83,6 +83,8 @@ class GlqHfQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.dequantize(dtype or torch.float32))
+            elif isinstance(module, QuantEmbedding):
+                dequantize_embeddings(model, name, module, dtype or torch.float32)
         return model
 
     def is_serializable(self) -> bool:
@@ -95,6 +97,16 @@ class GlqHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def dequantize_embeddings(model: PreTrainedModel, name: str, module: QuantEmbedding, dtype: torch.dtype) -> None:
+    """Put plain embeddings in the place of packed ones, and a plain head in that of a tied one."""
+    dense = module.dequantize(dtype)
+    model.set_submodule(name, dense)
+    if isinstance(model.get_output_embeddings(), TiedHead):
+        head = nn.Linear(dense.embedding_dim, dense.num_embeddings, bias=False, device="meta")
+        head.weight = dense.weight
+        model.set_output_embeddings(head)
 
 
 def _refuse_missing(model: PreTrainedModel, folder: Path, found: frozenset[str]) -> None:
@@ -131,11 +143,34 @@ def load(
     return loaded.eval().to(where)
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _replaceable(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
-        raise GlqError(f"{name} is not a linear layer of {type(model).__name__}: config.json is not this model's")
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise GlqError(f"{name} is no linear layer or embedding of {type(model).__name__}: config.json is not its own")
     return module
+
+
+def _quantized(original: nn.Linear | nn.Embedding, module: ModuleConfig) -> QuantLinear | QuantEmbedding:
+    if isinstance(original, nn.Embedding):
+        factor = embedding_scale(original)
+        shape = (module.out_features, module.in_features)
+        return QuantEmbedding(*shape, module.codec, module.block, factor, original.weight.dtype)
+    return QuantLinear(
+        module.in_features,
+        module.out_features,
+        module.codec,
+        module.block,
+        bias=original.bias is not None,
+        dtype=original.weight.dtype,
+    )
+
+
+def _tied_head(model: PreTrainedModel, embeddings: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = {f"{names.get(id(head))}.weight", f"{names.get(id(embeddings))}.weight"}
+    return any({a, b} == ends for a, b in tied.items())

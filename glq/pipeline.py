@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,28 +10,43 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from glq import __version__
-from glq.calibration import Moments, calibrate_block, capture, find_groups, read_text, windows
+from glq.calibration import (
+    Call,
+    Moments,
+    calibrate_block,
+    capture,
+    final_states,
+    find_groups,
+    moments_of,
+    read_text,
+    run_block,
+    windows,
+)
 from glq.checkpoint import CheckpointWriter
-from glq.codecs import CODECS, DEFAULT_CODECS, Codec, get_codec
-from glq.codecs.packing import tile_rows
-from glq.config import GlqConfig, ModuleConfig
+from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
+from glq.config import GlqConfig
+from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.files import INDEX
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
-from glq.packed import PackedLinear, pack_codes, pack_signs, unpack_signs
 from glq.progress import Listener, Progress, silent
-from glq.rotation import block_width, random_signs, rotate, unrotate
-from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
+from glq.rounder import GroupRounder, Targets
 from glq.source import SourceModel
 
-HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
+TIED_SHARE = 0.3  # how much tied embeddings are rounded for themselves, next to the head
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 _TOKENS = {"cpu": 16384, "cuda": 65536}
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
+
+
+def rate_codec(bits: float) -> str:
+    """The best codec of this rate. GlqError if there is none."""
+    if bits not in DEFAULT_CODECS:
+        raise GlqError(f"embeddings and head take one of {', '.join(map(str, DEFAULT_CODECS))} bits, found {bits}")
+    return DEFAULT_CODECS[bits]
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class Settings:
     ctx: int = 1024
     seed: int = 0
     damping: float = 0.1
+    embeddings: float | None = None  # bits of the input embeddings, one of DEFAULT_CODECS; None: as they are
+    head: float | None = None  # bits of the lm_head; where it is tied to the embeddings, either of the two means both
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
@@ -58,6 +75,9 @@ class Settings:
             )
         for _, codec in self.layers:
             get_codec(codec)
+        for bits in (self.embeddings, self.head):
+            if bits is not None:
+                rate_codec(bits)
         if self.ctx < 16 or (self.tokens is not None and self.tokens < self.ctx):
             raise GlqError(
                 f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
@@ -102,7 +122,7 @@ def round_model(
     calibration: str | Path | None = None,
     device: str = "auto",
     plan: Planned | None = None,
-    targets: Callable[[str, Tensor], None] | None = None,
+    targets: Targets | None = None,
     progress: Listener = silent,
 ) -> Result:
     """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
@@ -114,13 +134,16 @@ def round_model(
     settings = settings or Settings()
     where = pick_device(device)
     source = SourceModel(resolve(model))
+    settings = _with_tied_rates(settings, source)
     text = read_text(calibration)
     settings = replace(settings, tokens=settings.tokens or _TOKENS.get(where.type, _TOKENS["cpu"]))
     count = max(1, (settings.tokens or 0) // settings.ctx)
     tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        stored, groups = _quantize_blocks(source, tokens, settings, where, targets, writer, progress)
+        rounder = GroupRounder(writer, where, settings.seed, settings.damping, targets)
+        groups = _round(source, tokens, settings, where, rounder, progress)
+        stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
         modules = {name: s.module for name, s in stored.items()}
@@ -137,29 +160,33 @@ def round_model(
     return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, groups)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    module: ModuleConfig
-    nbytes: int
-    lost: float
+def _with_tied_rates(settings: Settings, source: SourceModel) -> Settings:
+    """One rate for embeddings and head where they are one matrix. GlqError for embeddings that cannot be quantized."""
+    if source.tied and {settings.embeddings, settings.head} != {None}:
+        bits = settings.embeddings if settings.head is None else settings.head
+        if settings.embeddings not in (None, bits):
+            raise GlqError(f"embeddings and lm_head are one matrix here: {settings.embeddings} and {bits} bits differ")
+        settings = replace(settings, embeddings=bits, head=bits)
+    if settings.embeddings is not None:
+        embedding_scale(source.module(source.embeddings))
+    return settings
 
 
 @torch.no_grad()
-def _quantize_blocks(
-    source: SourceModel,
-    tokens: Tensor,
-    settings: Settings,
-    device: torch.device,
-    targets: Callable[[str, Tensor], None] | None,
-    writer: CheckpointWriter,
-    progress: Listener,
-) -> tuple[dict[str, _Stored], tuple[tuple[str, ...], ...]]:
-    panels = GraphedPanelRounder() if device.type == "cuda" else round_panel
+def _round(
+    source: SourceModel, tokens: Tensor, settings: Settings, device: torch.device, rounder: GroupRounder, show: Listener
+) -> tuple[tuple[str, ...], ...]:
+    """Take the calibration tokens through the model, block by block, and round its layers on the way.
+
+    Returns the groups of layers in the decoder blocks.
+    """
     batches = tokens.split(max(1, _MICROBATCH.get(device.type, 1024) // settings.ctx))
     reference, calls = capture(source, batches, device, torch.float32)
     quantized = list(reference)
+    if settings.embeddings is not None:
+        _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
+        quantized, _ = capture(source, batches, device, torch.float32)
     release_memory()
-    stored: dict[str, _Stored] = {}
     all_groups: list[tuple[str, ...]] = []
     for i, name in enumerate(source.blocks):
         block = source.load(name, device, torch.float32)
@@ -167,88 +194,56 @@ def _quantize_blocks(
         groups = find_groups(block, reference[0][:1], block_calls[0])
 
         def round_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
-            if not torch.isfinite(moments.hessian).all():
-                raise GlqError(
-                    f"{prefix}.{members[0]} reads NaN or infinite values on the calibration text: the model is broken"
-                )
-            seed = _seed(settings.seed, f"{prefix}.{members[0]}")
-            codecs = {member: settings.codec_of(f"{prefix}.{member}") for member in members}
-            for codec in dict.fromkeys(codecs.values()):
-                chosen = [member for member in members if codecs[member] == codec]
-                layers = [cast(nn.Linear, twin.get_submodule(member)) for member in chosen]
-                packed, moved, lost = round_layers(layers, moments, get_codec(codec), seed, settings.damping, panels)
-                for member, layer, p, target in zip(chosen, layers, packed, moved, strict=True):
-                    label = f"{prefix}.{member}"
-                    if targets is not None:
-                        targets(label, unrotate(target, unpack_signs(p.signs, p.in_features), p.block))
-                    if not torch.isfinite(p.scale).all():
-                        raise GlqError(f"{label}: its weights are too large for 16-bit scales: the model is broken")
-                    layer.weight.data = p.dequantize()
-                    writer.add({f"{label}.codes": p.codes, f"{label}.scale": p.scale, f"{label}.signs": p.signs})
-                    module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
-                    stored[label] = _Stored(module, p.nbytes, lost)
+            layers = {f"{prefix}.{member}": cast(nn.Linear, twin.get_submodule(member)) for member in members}
+            rounder(layers, {label: settings.codec_of(label) for label in layers}, moments)
 
         for done in calibrate_block(block, groups, reference, quantized, block_calls, round_group):
             if done < len(groups):
                 label = f"{name}.{groups[done][0]}"
                 count, total = i * len(groups) + done + 1, len(source.blocks) * len(groups)
-                progress(Progress("rounding", count, total, f"{label}  error {stored[label].lost:.4f}"))
+                show(Progress("rounding", count, total, f"{label}  error {rounder.stored[label].lost:.4f}"))
         all_groups += [tuple(f"{name}.{member}" for member in members) for members in groups]
         source.unload(name)
         release_memory()
-    return stored, tuple(all_groups)
+    if settings.head is not None and not source.tied:
+        states = final_states(source, batches, (reference, quantized), device)
+        rounder(source.as_linear(source.head, device), {source.head: rate_codec(settings.head)}, moments_of(states))
+    return tuple(all_groups)
 
 
-def round_layers(
-    layers: list[nn.Linear],
-    moments: Moments,
-    codec: Codec,
-    seed: int,
-    damping: float,
-    panels: PanelRounder = round_panel,
-) -> tuple[list[PackedLinear], list[Tensor], float]:
-    """Round linear layers that read the same input, as one matrix.
+def _round_embeddings(
+    source: SourceModel,
+    batches: Sequence[Tensor],
+    settings: Settings,
+    hidden: list[Tensor],
+    calls: list[list[Call]],
+    device: torch.device,
+    rounder: GroupRounder,
+) -> None:
+    """Round the input embeddings, and let the source have the rounded ones from here on.
 
-    Returns them packed, what was rounded ([out, in], rotated), and the share of the outputs' energy that was lost.
+    Where they are tied to the head, they are rounded for what the head reads in the reference, and a little for
+    themselves; where they are not, every channel counts the same.
     """
-    height = tile_rows(codec.group)
-    weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
-    block = block_width(weight.shape[1])
-    signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed))
-    signs = signs.to(weight.device)
-    h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
-    target = rotate(weight, signs, block)
-    m = factor(h, damping)
-    target += HALF_STEP * solve(m, target @ drift)
-    rounded = round_matrix(target, h, m, codec, panels)
-    scale = rounded.scale.to(torch.float16)
-    lost = objective(target, rounded.values * scale.float()[:, None], h).item()
-    packed, targets, tile = [], [], 0
-    for layer in layers:
-        tiles = -(-layer.out_features // height)
-        codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
-        rows = scale[tile * height :][: layer.out_features].clone()
-        packed.append(
-            PackedLinear(codec.name, layer.out_features, layer.in_features, block, codes, rows, pack_signs(signs))
-        )
-        targets.append(target[tile * height :][: layer.out_features])
-        tile += tiles
-    return packed, targets, lost
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed for each group of layers, independent of the order in which they come."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") % 2**63
-
-
-def _rotate_both(h: Tensor, signs: Tensor, block: int) -> Tensor:
-    """R·h·Rᵀ."""
-    return rotate(rotate(h, signs, block).T, signs, block).T.contiguous()
+    name = source.embeddings
+    layers = source.as_linear(name, device)
+    width = layers[name].in_features
+    hessian = torch.eye(width, device=device)
+    if source.tied:
+        for i, block in enumerate(source.blocks):
+            loaded = source.load(block, device, torch.float32)
+            for k, x in enumerate(hidden):
+                hidden[k] = run_block(loaded, x, calls[k][i])
+            source.unload(block)
+        head = moments_of(final_states(source, batches, (hidden,), device)).hessian
+        hessian = head + TIED_SHARE * head.diagonal().mean() * hessian
+    rounder(layers, {name: rate_codec(settings.embeddings or 0)}, Moments(hessian, torch.zeros_like(hessian)))
+    source.replaced[source.stored_name(f"{name}.weight")] = layers[name].weight.data.cpu()
 
 
 def _write_rest(source: SourceModel, writer: CheckpointWriter, quantized: set[str]) -> None:
     """What is not quantized goes into the checkpoint as it is: other tensors, tokenizer, licence."""
-    replaced = {f"{name}.weight" for name in quantized}
+    replaced = {source.stored_name(f"{name}.weight") for name in quantized}
     for name in source.files:
         if name not in replaced:
             writer.add({name: source.read(name)})

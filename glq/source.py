@@ -41,6 +41,7 @@ class SourceModel:
             ) from error
         self.model.eval().requires_grad_(False)
         self.blocks = _find_blocks(self.model, self.config.model_type)
+        self.replaced: dict[str, Tensor] = {}  # tensors that `read` returns instead of those in the files
         self._check_complete()
 
     def module(self, name: str) -> nn.Module:
@@ -48,12 +49,39 @@ class SourceModel:
 
     def read(self, name: str) -> Tensor:
         """One tensor of the files, in its stored dtype, on the CPU."""
+        if name in self.replaced:
+            return self.replaced[name]
         file = self.path / self.files[name]
         try:
             with safe_open(file, "pt") as f:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise GlqError(f"{file} is damaged ({error}): download the model again") from error
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the input embeddings."""
+        return self._name(self.model.get_input_embeddings())
+
+    @property
+    def head(self) -> str:
+        """Name of the lm_head."""
+        return self._name(self.model.get_output_embeddings())
+
+    @property
+    def tied(self) -> bool:
+        """Whether embeddings and lm_head are one matrix."""
+        return self.stored_name(f"{self.head}.weight") == self.stored_name(f"{self.embeddings}.weight")
+
+    def as_linear(self, name: str, device: torch.device) -> dict[str, nn.Linear]:
+        """The matrix of embeddings or lm_head [vocabulary, hidden] as a linear layer in fp32, under its name."""
+        weight = self.read(self.stored_name(f"{name}.weight")).to(device, torch.float32)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return {name: layer}
+
+    def _name(self, module: nn.Module) -> str:
+        return next(name for name, candidate in self.model.named_modules() if candidate is module)
 
     def load(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones."""

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from glq.calibration import read_text, windows
 from glq.checkpoint import DIGESTS, CheckpointWriter, read_config
+from glq.embedding import QuantEmbedding
 from glq.errors import GlqError
 from glq.evaluation import last_states, log_probabilities, mean_divergence
 from glq.files import INDEX, read_index
+from glq.hf_integration import dequantize_embeddings
 from glq.hub import load_tokenizer, resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
@@ -88,7 +90,7 @@ def tune(
     settings = settings or TuneSettings()
     where = pick_device(device)
     path = Path(checkpoint_dir)
-    config = read_config(path)
+    read_config(path)
     ids, is_held = split_text(reference, settings, text, where)
     with CheckpointWriter(Path(out)) as writer:
         dtype = _precision(reference, where)
@@ -97,7 +99,7 @@ def tune(
         result = _train(student, teacher, trainable, ids[~is_held], ids[is_held], settings, where, progress)
         replaced = {name: p.detach() for name, p in trainable.items() if not name.endswith(".gain")}
         gains = {name.removesuffix(".gain"): p for name, p in trainable.items() if name.endswith(".gain")}
-        _write(path, writer, replaced, {name: gain.detach().cpu() for name, gain in gains.items()}, set(config.modules))
+        _write(path, writer, replaced, {name: gain.detach().cpu() for name, gain in gains.items()})
         writer.commit()
     return result
 
@@ -135,6 +137,8 @@ def _make_tunable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Pa
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, TunableLinear(module, dtype))
+        elif isinstance(module, QuantEmbedding):
+            dequantize_embeddings(model, name, module, dtype)
     trainable = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     for p in trainable.values():
         p.data = p.data.float()
@@ -216,16 +220,14 @@ def _state(trainable: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainable.items()}
 
 
-def _write(
-    source: Path, writer: CheckpointWriter, replaced: dict[str, Tensor], gains: dict[str, Tensor], modules: set[str]
-) -> None:
+def _write(source: Path, writer: CheckpointWriter, replaced: dict[str, Tensor], gains: dict[str, Tensor]) -> None:
     """The checkpoint with tuned scales, norms and biases (these in fp32: a few values, whose digits matter)."""
     files = read_index(source)
     for name, file in files.items():
         with safe_open(source / file, "pt") as f:
             tensor = f.get_tensor(name)
         layer, _, kind = name.rpartition(".")
-        if kind == "scale" and layer in modules:
+        if kind == "scale" and layer in gains:
             tensor = (tensor.float() * (1 + gains[layer])).to(tensor.dtype)
         elif name in replaced:
             tensor = replaced[name].float().cpu().view_as(tensor)

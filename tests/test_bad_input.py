@@ -208,7 +208,7 @@ NAME = "model.layers.0.self_attn.q_proj"
         (lambda q: q["modules"][NAME].update(codec="nested-4"), "q_proj.codes should be U8 .*found U8"),
         (
             lambda q: q["modules"].update({"model.norm": q["modules"][NAME]}),
-            "tensor model.norm.codes is missing|model.norm is not a linear layer",
+            "tensor model.norm.codes is missing|model.norm is no linear layer or embedding",
         ),
     ],
 )

@@ -45,17 +45,17 @@ def test_reloaded_logits_equal_the_fake_quantized_model(tiny_model, tiny_checkpo
 
 def test_in_memory_layers_are_the_ones_written(tiny_model, tiny_settings, text_file, tmp_path, monkeypatch):
     """The weights with which calibration went on are those that the checkpoint decodes to, to the bit."""
-    import glq.pipeline as pipeline
+    import glq.rounder as rounder
 
     used = []
-    original = pipeline.round_layers
+    original = rounder.round_layers
 
     def spy(layers, *args):
         packed, targets, lost = original(layers, *args)
         used.extend(p.dequantize() for p in packed)
         return packed, targets, lost
 
-    monkeypatch.setattr(pipeline, "round_layers", spy)
+    monkeypatch.setattr(rounder, "round_layers", spy)
     quantize(tiny_model, tmp_path / "out", tiny_settings, calibration=text_file, device="cpu")
     model = load(tmp_path / "out")
     read = [module.packed.dequantize() for module in model.modules() if isinstance(module, QuantLinear)]
