@@ -36,7 +36,6 @@ from glq.progress import Listener, Progress, silent
 from glq.rounder import GroupRounder, Targets
 from glq.source import SourceModel
 
-TIED_SHARE = 0.3  # how much tied embeddings are rounded for themselves, next to the head
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 _TOKENS = {"cpu": 16384, "cuda": 65536}
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
@@ -222,8 +221,8 @@ def _round_embeddings(
 ) -> None:
     """Round the input embeddings, and let the source have the rounded ones from here on.
 
-    Where they are tied to the head, they are rounded for what the head reads in the reference, and a little for
-    themselves; where they are not, every channel counts the same.
+    Where they are tied to the head, they are rounded for what the head reads in the reference, which matters most
+    (docs/decisions.md); where they are not, every channel counts the same.
     """
     name = source.embeddings
     layers = source.as_linear(name, device)
@@ -235,8 +234,7 @@ def _round_embeddings(
             for k, x in enumerate(hidden):
                 hidden[k] = run_block(loaded, x, calls[k][i])
             source.unload(block)
-        head = moments_of(final_states(source, batches, (hidden,), device)).hessian
-        hessian = head + TIED_SHARE * head.diagonal().mean() * hessian
+        hessian = moments_of(final_states(source, batches, (hidden,), device)).hessian
     rounder(layers, {name: rate_codec(settings.embeddings or 0)}, Moments(hessian, torch.zeros_like(hessian)))
     source.replaced[source.stored_name(f"{name}.weight")] = layers[name].weight.data.cpu()
 
