@@ -1,10 +1,8 @@
 """Mixed precision: which layers get how many bits, so that a given size loses least.
 
 The unit is a group, the layers that read one input (q/k/v, gate/up, …): serving fuses them, so they share a codec.
-A group's sensitivity is measured, not modelled: with the whole model rounded, how much does the KL divergence to the
-reference fall when the rounding error of this group alone is taken back? Distortion scales that to other codecs, and a
-dynamic program over the bytes of every choice finds the exact optimum of the sum. (Taken back is the error, not the
-correction that was rounded with it: without that, layers that make up for others would seem to do harm.)
+A group's sensitivity is measured, not modelled: the KL divergence that rounding this group alone costs. Distortion
+scales that to other codecs, and a dynamic program over the bytes of every choice finds the exact optimum of the sum.
 """
 
 import json
@@ -14,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +28,6 @@ from glq.progress import Listener, Progress, silent
 
 _QUICK = {1.5: "e8-1.5", 2: "e8-2", 3: "nested-3", 4: "nested-4"}  # codecs for a first pass: near enough, and fast
 _WINDOWS = {"cpu": 2, "cuda": 8}  # of calibration text, to measure KL on
-_LEAST = 0.05  # of the mean gain: what a group counts for at least, since gains are measured on little text
 _MAX_STEPS = 200_000  # of the dynamic program's budget; beyond, bytes are counted in coarser units
 
 
@@ -123,48 +119,42 @@ def measure(
     codec = _QUICK[min(_QUICK, key=lambda rate: abs(rate - bits))]
     quick = replace(settings, bits=get_codec(codec).bits, codec=codec, layers=(), embeddings=None, head=None)
     with tempfile.TemporaryDirectory(prefix="glq-plan-") as folder:
-        out, targets = Path(folder) / "rounded", Path(folder) / "targets"
-        targets.mkdir()
-
-        def keep(name: str, weight: Tensor) -> None:
-            save_file({"weight": weight.to(torch.bfloat16).cpu()}, targets / name)
-
-        result = round_model(model, out, quick, calibration=calibration, device=device, targets=keep, progress=progress)
+        out = Path(folder) / "rounded"
+        result = round_model(
+            model, out, quick, calibration=calibration, device=device, isolated=True, progress=progress
+        )
         rounded = load(out, device=where, dtype=torch.float32)
         if where.type != "cpu":
             rounded = rounded.dequantize(torch.float32)
-        original = load(model, device=where, dtype=torch.float32)
-        tokenizer = load_tokenizer(resolve(model))
-        count = _WINDOWS.get(where.type, 2)
-        ids = windows(tokenizer, read_text(calibration), count, settings.ctx, spread=True).to(where)
-        return _sensitivities(rounded, original, result.groups, targets, ids, CODECS[codec].mse, progress)
+    original = load(model, device=where, dtype=torch.float32)
+    count = _WINDOWS.get(where.type, 2)
+    text = read_text(calibration)
+    ids = windows(load_tokenizer(resolve(model)), text, count, settings.ctx, spread=True).to(where)
+    return _sensitivities(original, rounded, result.groups, ids, CODECS[codec].mse, progress)
 
 
 @torch.inference_mode()
 def _sensitivities(
+    model: PreTrainedModel,
     rounded: PreTrainedModel,
-    original: PreTrainedModel,
     groups: tuple[tuple[str, ...], ...],
-    targets: Path,
     ids: Tensor,
     mse: float,
     progress: Listener,
 ) -> list[Group]:
-    states = last_states(original, ids)
-    total = mean_divergence(rounded, original, states, ids)
+    states = last_states(model, ids)
     found = []
     for i, names in enumerate(groups):
-        layers = [_linear(rounded, name) for name in names]
+        layers = [_linear(model, name) for name in names]
         kept = [layer.weight for layer in layers]
         for layer, name in zip(layers, names, strict=True):
-            target = load_file(targets / name)["weight"].to(layer.weight)
-            layer.weight = nn.Parameter(target, requires_grad=False)
-        gain = total - mean_divergence(rounded, original, states, ids)
+            layer.weight = _linear(rounded, name).weight
+        cost = mean_divergence(model, model, states, ids)
         for layer, weight in zip(layers, kept, strict=True):
             layer.weight = weight
         shapes = tuple((layer.out_features, layer.in_features) for layer in layers)
-        found.append(Group(names, shapes, max(gain, _LEAST * total / len(groups)) / mse))
-        progress(Progress("measuring", i + 1, len(groups), f"{names[0]}  KL {gain:+.4f}"))
+        found.append(Group(names, shapes, cost / mse))
+        progress(Progress("measuring", i + 1, len(groups), f"{names[0]}  KL {cost:.4f}"))
     return found
 
 

@@ -33,7 +33,7 @@ from glq.files import INDEX
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.progress import Listener, Progress, silent
-from glq.rounder import GroupRounder, Targets
+from glq.rounder import GroupRounder
 from glq.source import SourceModel
 
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
@@ -121,13 +121,12 @@ def round_model(
     calibration: str | Path | None = None,
     device: str = "auto",
     plan: Planned | None = None,
-    targets: Targets | None = None,
+    isolated: bool = False,
     progress: Listener = silent,
 ) -> Result:
     """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
 
-    targets is told each layer's name and the weights [out, in] fp32 that it would have had without rounding: the
-    original ones, moved towards what makes up for the layers before it.
+    isolated: every layer is rounded as if all others kept their weights, for whoever wants to know what it does alone.
     """
     start = time.monotonic()
     settings = settings or Settings()
@@ -140,7 +139,7 @@ def round_model(
     tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        rounder = GroupRounder(writer, where, settings.seed, settings.damping, targets)
+        rounder = GroupRounder(writer, where, settings.seed, settings.damping, isolated)
         groups = _round(source, tokens, settings, where, rounder, progress)
         stored = rounder.stored
         _write_rest(source, writer, set(stored))

@@ -1,7 +1,6 @@
 """Groups of layers that read the same input: rounded as one matrix, written as they come, accounted for."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,11 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.packing import tile_rows
 from glq.config import ModuleConfig
 from glq.errors import GlqError
-from glq.packed import PackedLinear, pack_codes, pack_signs, unpack_signs
-from glq.rotation import block_width, random_signs, rotate, unrotate
+from glq.packed import PackedLinear, pack_codes, pack_signs
+from glq.rotation import block_width, random_signs, rotate
 from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
-
-Targets = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,14 @@ class Stored:
 class GroupRounder:
     """Rounds one group after the other; `stored` says what was done, by the layers' full names.
 
-    targets, if any, is told each layer's name and what was rounded, [out, in] fp32: the original weights, moved towards
-    what makes up for the layers before it.
+    isolated: layers keep their weights, so that each is rounded as if it were alone.
     """
 
     def __init__(
-        self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float, targets: Targets | None
+        self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float, isolated: bool
     ) -> None:
         self.stored: dict[str, Stored] = {}
-        self._writer, self._seed, self._damping, self._targets = writer, seed, damping, targets
+        self._writer, self._seed, self._damping, self._isolated = writer, seed, damping, isolated
         self._panels: PanelRounder = GraphedPanelRounder() if device.type == "cuda" else round_panel
 
     def __call__(self, layers: dict[str, nn.Linear], codecs: dict[str, str], moments: Moments) -> None:
@@ -54,14 +50,13 @@ class GroupRounder:
         for codec in dict.fromkeys(codecs.values()):
             chosen = {name: layer for name, layer in layers.items() if codecs[name] == codec}
             seed = _seed(self._seed, first)
-            done = round_layers(list(chosen.values()), moments, get_codec(codec), seed, self._damping, self._panels)
-            packed, targets, lost = done
-            for (name, layer), p, target in zip(chosen.items(), packed, targets, strict=True):
+            group = list(chosen.values())
+            packed, lost = round_layers(group, moments, get_codec(codec), seed, self._damping, self._panels)
+            for (name, layer), p in zip(chosen.items(), packed, strict=True):
                 if not torch.isfinite(p.scale).all():
                     raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
-                if self._targets is not None:
-                    self._targets(name, unrotate(target, unpack_signs(p.signs, p.in_features), p.block))
-                layer.weight.data = p.dequantize()
+                if not self._isolated:
+                    layer.weight.data = p.dequantize()
                 self._writer.add({f"{name}.codes": p.codes, f"{name}.scale": p.scale, f"{name}.signs": p.signs})
                 module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
                 self.stored[name] = Stored(module, p.nbytes, lost)
@@ -74,11 +69,8 @@ def round_layers(
     seed: int,
     damping: float,
     panels: PanelRounder = round_panel,
-) -> tuple[list[PackedLinear], list[Tensor], float]:
-    """Round linear layers that read the same input, as one matrix.
-
-    Returns them packed, what was rounded ([out, in], rotated), and the share of the outputs' energy that was lost.
-    """
+) -> tuple[list[PackedLinear], float]:
+    """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
     block = block_width(weight.shape[1])
@@ -90,16 +82,15 @@ def round_layers(
     rounded = round_matrix(target, h, m, codec, panels)
     scale = rounded.scale.to(torch.float16)
     lost = objective(target, rounded.values * scale.float()[:, None], h).item()
-    packed, targets, tile = [], [], 0
+    packed, tile = [], 0
     for layer in layers:
         tiles = -(-layer.out_features // height)
         codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
         rows = slice(tile * height, tile * height + layer.out_features)
         shape = (layer.out_features, layer.in_features)
         packed.append(PackedLinear(codec.name, *shape, block, codes, scale[rows].clone(), pack_signs(signs)))
-        targets.append(target[rows])
         tile += tiles
-    return packed, targets, lost
+    return packed, lost
 
 
 def _seed(seed: int, name: str) -> int:
