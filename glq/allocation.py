@@ -23,7 +23,7 @@ from glq.hf_integration import load
 from glq.hub import load_tokenizer, resolve
 from glq.machine import pick_device
 from glq.packed import packed_shapes
-from glq.pipeline import Settings, round_model
+from glq.pipeline import Settings, check_bits, round_model
 from glq.progress import Listener, Progress, silent
 
 _QUICK = {1.5: "e8-1.5", 2: "e8-2", 3: "nested-3", 4: "nested-4"}  # codecs for a first pass: near enough, and fast
@@ -50,7 +50,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """A codec for every group. JSON that may be edited: only `layers` and `codec` of each group are read back."""
+    """A codec for every group. JSON that may be edited: Settings take the `layers` and `codec` of each group."""
 
     bits: float  # asked for, a weight, scales and signs on top as for the uniform rates
     groups: tuple[Group, ...]
@@ -98,11 +98,6 @@ def make_plan(
     """Measure every group's sensitivity and allocate `bits` (1.5 to 4) a weight among them."""
     check_bits(bits)
     return allocate(measure(model, bits, settings, calibration=calibration, device=device, progress=progress), bits)
-
-
-def check_bits(bits: float) -> None:
-    if not min(DEFAULT_CODECS) <= bits <= max(DEFAULT_CODECS):
-        raise GlqError(f"bits must be between {min(DEFAULT_CODECS)} and {max(DEFAULT_CODECS)}, found {bits}")
 
 
 def measure(

@@ -126,7 +126,7 @@ class Run:
 
     def __init__(self, block: nn.Module, leaders: list[nn.Module], hidden: Tensor, call: Call) -> None:
         self._hooks = [module.register_forward_pre_hook(self._pause) for module in leaders]
-        self._pass = greenlet(lambda: block(hidden, *call.args, **call.kwargs))
+        self._pass = greenlet(lambda: run_block(block, hidden, call))
 
     def advance(self) -> Tensor:
         x = self._pass.switch()
@@ -140,7 +140,7 @@ class Run:
             raise RuntimeError("the block read a group of linear layers twice")
         for hook in self._hooks:
             hook.remove()
-        return out[0] if isinstance(out, tuple) else out
+        return out
 
     def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if getcurrent() is self._pass:

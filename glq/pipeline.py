@@ -41,6 +41,12 @@ _TOKENS = {"cpu": 16384, "cuda": 65536}
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
+def check_bits(bits: float) -> None:
+    """GlqError for a rate beyond those of the codecs, which mixing cannot reach either."""
+    if not min(DEFAULT_CODECS) <= bits <= max(DEFAULT_CODECS):
+        raise GlqError(f"bits must lie between {min(DEFAULT_CODECS)} and {max(DEFAULT_CODECS)}, found {bits}")
+
+
 def rate_codec(bits: float) -> str:
     """The best codec of this rate. GlqError if there is none."""
     if bits not in DEFAULT_CODECS:
@@ -64,10 +70,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
-            if not min(DEFAULT_CODECS) <= self.bits <= max(DEFAULT_CODECS):
-                raise GlqError(
-                    f"bits must lie between {min(DEFAULT_CODECS)} and {max(DEFAULT_CODECS)}, found {self.bits}"
-                )
+            check_bits(self.bits)
         elif get_codec(self.codec).bits != self.bits:
             raise GlqError(
                 f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: ask for its bits"

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from glq.allocation import Plan, check_bits, make_plan
+from glq.allocation import Plan, make_plan
 from glq.checkpoint import refuse_existing
 from glq.codecs import DEFAULT_CODECS
 from glq.machine import pick_device
@@ -38,7 +38,6 @@ def quantize(
     if tuning is not None:
         split_text(model, tuning, calibration, pick_device(device))  # refuses now what it would refuse in the end
     if plan is None and (settings.bits not in DEFAULT_CODECS if mixed is None else mixed) and settings.codec == "auto":
-        check_bits(settings.bits)
         plan = make_plan(model, settings.bits, settings, calibration=calibration, device=device, progress=progress)
     if plan is not None:
         settings = replace(settings, layers=(*plan.layers, *settings.layers))
