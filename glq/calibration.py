@@ -7,10 +7,11 @@ the rounded weights. One pass a block for each model, and no activations kept bu
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from glq.errors import GlqError
+from glq.machine import release_memory
 from glq.source import SourceModel
+
+_MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 
 
 def read_text(path: str | Path | None, default: str = "calibration") -> str:
@@ -51,6 +55,11 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None, ct
     return torch.tensor([prefix + ids[s * body : (s + 1) * body] for s in starts])
 
 
+def microbatches(tokens: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """tokens [windows, ctx] in parts that go through a block at once."""
+    return tokens.split(max(1, _MICROBATCH.get(device.type, _MICROBATCH["cpu"]) // tokens.shape[1]))
+
+
 @dataclass
 class Call:
     """How the model calls a block: what follows the hidden states."""
@@ -77,17 +86,23 @@ def capture(
         calls[-1].append(Call(args, kwargs))
         return hidden
 
-    with source.outside_blocks(device, dtype) as model:
-        for name in source.blocks:
-            source.module(name).forward = stub
-        try:
-            for tokens in batches:
-                calls.append([])
-                model.base_model(input_ids=tokens.to(device), use_cache=False)
-        finally:
-            for name in source.blocks:
-                del source.module(name).forward
+    with source.outside_blocks(device, dtype) as model, _stubbed(source, stub):
+        for tokens in batches:
+            calls.append([])
+            model.base_model(input_ids=tokens.to(device), use_cache=False)
     return inputs, calls
+
+
+@contextmanager
+def _stubbed(source: SourceModel, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """The model's blocks do what `stub` does, for as long as the context lasts."""
+    for name in source.blocks:
+        source.module(name).forward = stub
+    try:
+        yield
+    finally:
+        for name in source.blocks:
+            del source.module(name).forward
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -101,20 +116,15 @@ def final_states(
     source: SourceModel, batches: Sequence[Tensor], hidden: Sequence[Sequence[Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
     """What the lm_head reads, given the last block's outputs in one or more models: [tokens, hidden] each, a batch."""
-    with source.outside_blocks(device, torch.float32) as model:
-        for name in source.blocks:
-            source.module(name).forward = lambda x, *_, **__: x
-        try:
-            for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):
-                states = []
-                for x in outputs:
-                    source.module(source.blocks[-1]).forward = lambda *_, x=x, **__: x
-                    out = model.base_model(input_ids=tokens.to(device), use_cache=False)
-                    states.append(out.last_hidden_state.flatten(0, 1))
-                yield tuple(states)
-        finally:
-            for name in source.blocks:
-                del source.module(name).forward
+    last = source.module(source.blocks[-1])
+    with source.outside_blocks(device, torch.float32) as model, _stubbed(source, lambda x, *_, **__: x):
+        for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):
+            states = []
+            for x in outputs:
+                last.forward = lambda *_, x=x, **__: x
+                out = model.base_model(input_ids=tokens.to(device), use_cache=False)
+                states.append(out.last_hidden_state.flatten(0, 1))
+            yield tuple(states)
 
 
 class Run:
@@ -221,25 +231,27 @@ def calibrate_block(
     quantized: list[Tensor],
     calls: list[Call],
     round_group: Callable[[nn.Module, list[str], Moments], None],
+    held_out: int = 0,
 ) -> Iterator[int]:
     """Take both models through one block and round its groups on the way.
 
     reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
     outputs. round_group gets the copy of the block that belongs to the quantized model, whose weights it replaces.
-    Yields the number of the group just rounded, then of the end.
+    The last `held_out` microbatches go along, but moments do not count them. Yields the number of the group just
+    rounded, then of the end.
     """
     twin = copy.deepcopy(block)
-    pairs = []
-    for x, x_hat, call in zip(reference, quantized, calls, strict=True):
-        runs = []
-        for model, hidden in ((block, x), (twin, x_hat)):
-            leaders = [model.get_submodule(members[0]) for members in groups]
-            runs.append(Run(model, leaders, hidden, call))
-        pairs.append(tuple(runs))
+    leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
+    pairs = [
+        (Run(block, leaders[0], hidden, call), Run(twin, leaders[1], hidden_hat, call))
+        for hidden, hidden_hat, call in zip(reference, quantized, calls, strict=True)
+    ]
     for i, members in enumerate(groups):
         moments = _Sums()
         for k, (run, run_hat) in enumerate(pairs):
-            moments.add(run.advance(), run_hat.advance())
+            x, x_hat = run.advance(), run_hat.advance()
+            if k < len(pairs) - held_out:
+                moments.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
         round_group(twin, members, moments.mean())
@@ -247,3 +259,36 @@ def calibrate_block(
     for k, (_, run_hat) in enumerate(pairs):
         quantized[k] = run_hat.finish()
     yield len(groups)
+
+
+def walk(
+    source: SourceModel,
+    reference: list[Tensor],
+    quantized: list[Tensor],
+    calls: list[list[Call]],
+    device: torch.device,
+    visit: Callable[[dict[str, nn.Linear], Moments], None],
+    held_out: int = 0,
+    first: int = 0,
+) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """Take both models through all blocks; `visit` gets the layers of each group by their full names, and moments.
+
+    reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
+    last block's outputs. Yields, after each group: the names of its layers, how many groups are done, and how many
+    there are.
+    """
+    release_memory()
+    for i, name in enumerate(source.blocks[first:], first):
+        block = source.load(name, device, torch.float32)
+        block_calls = [of_blocks[i] for of_blocks in calls]
+        groups = find_groups(block, reference[0][:1], block_calls[0])
+
+        def visit_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
+            visit({f"{prefix}.{m}": cast(nn.Linear, twin.get_submodule(m)) for m in members}, moments)
+
+        for done in calibrate_block(block, groups, reference, quantized, block_calls, visit_group, held_out):
+            if done < len(groups):
+                names = tuple(f"{name}.{member}" for member in groups[done])
+                yield names, i * len(groups) + done + 1, len(source.blocks) * len(groups)
+        source.unload(name)
+        release_memory()

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,6 @@ class CheckpointWriter:
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
         (self._dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def add_text(self, name: str, write: Callable[[Path], None]) -> None:
-        """A file of that name, written by whoever knows what belongs into it."""
-        write(self._dir / name)
 
     def commit(self) -> None:
         """Join the parts to shards, write the index, and move the directory to its place in one step."""

@@ -119,12 +119,17 @@ def last_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 @torch.inference_mode()
 def mean_divergence(model: PreTrainedModel, reference: PreTrainedModel, states: list[Tensor], ids: Tensor) -> float:
     """Mean KL(reference ‖ model) in nats a token over ids [windows, ctx]; states: `last_states` of the reference."""
-    total = 0.0
-    for p, q in zip(states, (s for window in ids for s in last_states(model, window[None])), strict=True):
-        for a, b in zip(p.split(_CHUNK), q.split(_CHUNK), strict=True):
-            log_p = log_probabilities(reference, a)
-            total += (log_p.exp() * (log_p - log_probabilities(model, b))).sum().item()
-    return total / ids.numel()
+    pairs = zip(states, (s for window in ids for s in last_states(model, window[None])), strict=True)
+    return sum(total_divergence(reference, p, model, q).item() for p, q in pairs) / ids.numel()
+
+
+def total_divergence(reference: PreTrainedModel, p: Tensor, model: PreTrainedModel, q: Tensor) -> Tensor:
+    """KL(reference ‖ model) in nats, summed over the tokens whose last states are p and q [tokens, hidden]."""
+    total = p.new_zeros((), dtype=torch.float64)
+    for a, b in zip(p.split(_CHUNK), q.split(_CHUNK), strict=True):
+        log_p = log_probabilities(reference, a)
+        total += (log_p.exp() * (log_p - log_probabilities(model, b))).sum()
+    return total
 
 
 def _weight_bytes(path: Path) -> int:

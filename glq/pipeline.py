@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from glq import __version__
 from glq.calibration import (
     Call,
     Moments,
-    calibrate_block,
     capture,
     final_states,
-    find_groups,
+    microbatches,
     moments_of,
     read_text,
     run_block,
+    walk,
     windows,
 )
 from glq.checkpoint import CheckpointWriter
@@ -36,7 +36,6 @@ from glq.progress import Listener, Progress, silent
 from glq.rounder import GroupRounder
 from glq.source import SourceModel
 
-_MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 _TOKENS = {"cpu": 16384, "cuda": 65536}
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
@@ -106,14 +105,7 @@ class Result:
     seconds: float
     peak_bytes: int  # resident memory of the process at its highest
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
-    groups: tuple[tuple[str, ...], ...]  # layers that read the same input
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
-
-
-class Planned(Protocol):
-    """What a pass needs to know of a plan: how to keep it with the checkpoint."""
-
-    def write(self, path: Path) -> None: ...
 
 
 def round_model(
@@ -123,13 +115,12 @@ def round_model(
     *,
     calibration: str | Path | None = None,
     device: str = "auto",
-    plan: Planned | None = None,
-    isolated: bool = False,
+    plan: dict[str, Any] | None = None,
     progress: Listener = silent,
 ) -> Result:
     """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
 
-    isolated: every layer is rounded as if all others kept their weights, for whoever wants to know what it does alone.
+    plan: kept with the checkpoint, as glq_plan.json.
     """
     start = time.monotonic()
     settings = settings or Settings()
@@ -142,8 +133,8 @@ def round_model(
     tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        rounder = GroupRounder(writer, where, settings.seed, settings.damping, isolated)
-        groups = _round(source, tokens, settings, where, rounder, progress)
+        rounder = GroupRounder(writer, where, settings.seed, settings.damping)
+        _round(source, tokens, settings, where, rounder, progress)
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
@@ -156,9 +147,9 @@ def round_model(
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
         if plan is not None:
-            writer.add_text("glq_plan.json", plan.write)
+            writer.add_json("glq_plan.json", plan)
         writer.commit()
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, groups)
+    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
 
 
 def _with_tied_rates(settings: Settings, source: SourceModel) -> Settings:
@@ -176,40 +167,23 @@ def _with_tied_rates(settings: Settings, source: SourceModel) -> Settings:
 @torch.no_grad()
 def _round(
     source: SourceModel, tokens: Tensor, settings: Settings, device: torch.device, rounder: GroupRounder, show: Listener
-) -> tuple[tuple[str, ...], ...]:
-    """Take the calibration tokens through the model, block by block, and round its layers on the way.
-
-    Returns the groups of layers in the decoder blocks.
-    """
-    batches = tokens.split(max(1, _MICROBATCH.get(device.type, 1024) // settings.ctx))
+) -> None:
+    """Take the calibration tokens through the model, block by block, and round its layers on the way."""
+    batches = microbatches(tokens, device)
     reference, calls = capture(source, batches, device, torch.float32)
     quantized = list(reference)
     if settings.embeddings is not None:
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
         quantized, _ = capture(source, batches, device, torch.float32)
-    release_memory()
-    all_groups: list[tuple[str, ...]] = []
-    for i, name in enumerate(source.blocks):
-        block = source.load(name, device, torch.float32)
-        block_calls = [of_blocks[i] for of_blocks in calls]
-        groups = find_groups(block, reference[0][:1], block_calls[0])
 
-        def round_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
-            layers = {f"{prefix}.{member}": cast(nn.Linear, twin.get_submodule(member)) for member in members}
-            rounder(layers, {label: settings.codec_of(label) for label in layers}, moments)
+    def round_group(layers: dict[str, nn.Linear], moments: Moments) -> None:
+        rounder(layers, {name: settings.codec_of(name) for name in layers}, moments)
 
-        for done in calibrate_block(block, groups, reference, quantized, block_calls, round_group):
-            if done < len(groups):
-                label = f"{name}.{groups[done][0]}"
-                count, total = i * len(groups) + done + 1, len(source.blocks) * len(groups)
-                show(Progress("rounding", count, total, f"{label}  error {rounder.stored[label].lost:.4f}"))
-        all_groups += [tuple(f"{name}.{member}" for member in members) for members in groups]
-        source.unload(name)
-        release_memory()
+    for names, done, total in walk(source, reference, quantized, calls, device, round_group):
+        show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))
     if settings.head is not None and not source.tied:
         states = final_states(source, batches, (reference, quantized), device)
         rounder(source.as_linear(source.head, device), {source.head: rate_codec(settings.head)}, moments_of(states))
-    return tuple(all_groups)
 
 
 def _round_embeddings(

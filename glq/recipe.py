@@ -39,17 +39,18 @@ def quantize(
         split_text(model, tuning, calibration, pick_device(device))  # refuses now what it would refuse in the end
     if plan is None and (settings.bits not in DEFAULT_CODECS if mixed is None else mixed) and settings.codec == "auto":
         plan = make_plan(model, settings.bits, settings, calibration=calibration, device=device, progress=progress)
+    kept = None
     if plan is not None:
-        settings = replace(settings, layers=(*plan.layers, *settings.layers))
+        settings, kept = replace(settings, layers=(*plan.layers, *settings.layers)), plan.to_dict()
     if tuning is None:
-        result = round_model(model, out, settings, plan=plan, calibration=calibration, device=device, progress=progress)
+        result = round_model(model, out, settings, plan=kept, calibration=calibration, device=device, progress=progress)
     else:
         with tempfile.TemporaryDirectory(
             prefix=f".{out.name}.", suffix=".untuned", dir=out.absolute().parent
         ) as folder:
             rounded = Path(folder) / "rounded"
             result = round_model(
-                model, rounded, settings, plan=plan, calibration=calibration, device=device, progress=progress
+                model, rounded, settings, plan=kept, calibration=calibration, device=device, progress=progress
             )
             tuned = tune(rounded, out, model, tuning, text=calibration, device=device, progress=progress)
         result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))

@@ -14,8 +14,17 @@ from glq.codecs.packing import tile_rows
 from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.packed import PackedLinear, pack_codes, pack_signs
-from glq.rotation import block_width, random_signs, rotate
-from glq.rounding import GraphedPanelRounder, PanelRounder, factor, objective, round_matrix, round_panel, solve
+from glq.rotation import block_width, random_signs, rotate, unrotate
+from glq.rounding import (
+    GraphedPanelRounder,
+    PanelRounder,
+    factor,
+    feedback,
+    objective,
+    round_matrix,
+    round_panel,
+    solve,
+)
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
 
@@ -30,16 +39,11 @@ class Stored:
 
 
 class GroupRounder:
-    """Rounds one group after the other; `stored` says what was done, by the layers' full names.
+    """Rounds one group after the other; `stored` says what was done, by the layers' full names."""
 
-    isolated: layers keep their weights, so that each is rounded as if it were alone.
-    """
-
-    def __init__(
-        self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float, isolated: bool
-    ) -> None:
+    def __init__(self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
-        self._writer, self._seed, self._damping, self._isolated = writer, seed, damping, isolated
+        self._writer, self._seed, self._damping = writer, seed, damping
         self._panels: PanelRounder = GraphedPanelRounder() if device.type == "cuda" else round_panel
 
     def __call__(self, layers: dict[str, nn.Linear], codecs: dict[str, str], moments: Moments) -> None:
@@ -49,14 +53,12 @@ class GroupRounder:
             raise GlqError(f"{first} reads NaN or infinite values on the calibration text: the model is broken")
         for codec in dict.fromkeys(codecs.values()):
             chosen = {name: layer for name, layer in layers.items() if codecs[name] == codec}
-            seed = _seed(self._seed, first)
-            group = list(chosen.values())
+            seed, group = group_seed(self._seed, first), list(chosen.values())
             packed, lost = round_layers(group, moments, get_codec(codec), seed, self._damping, self._panels)
             for (name, layer), p in zip(chosen.items(), packed, strict=True):
                 if not torch.isfinite(p.scale).all():
                     raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
-                if not self._isolated:
-                    layer.weight.data = p.dequantize()
+                layer.weight.data = p.dequantize()
                 self._writer.add({f"{name}.codes": p.codes, f"{name}.scale": p.scale, f"{name}.signs": p.signs})
                 module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
                 self.stored[name] = Stored(module, p.nbytes, lost)
@@ -73,27 +75,62 @@ def round_layers(
     """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
-    block = block_width(weight.shape[1])
-    signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed)).to(weight.device)
-    h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
-    target = rotate(weight, signs, block)
-    m = factor(h, damping)
-    target += HALF_STEP * solve(m, target @ drift)
-    rounded = round_matrix(target, h, m, codec, panels)
+    p = _pose(weight, moments, seed, damping)
+    rounded = round_matrix(p.target, p.hessian, p.factor, codec, panels)
     scale = rounded.scale.to(torch.float16)
-    lost = objective(target, rounded.values * scale.float()[:, None], h).item()
+    lost = objective(p.target, rounded.values * scale.float()[:, None], p.hessian).item()
     packed, tile = [], 0
     for layer in layers:
         tiles = -(-layer.out_features // height)
         codes = pack_codes(rounded.codes[tile : tile + tiles], codec.name)
         rows = slice(tile * height, tile * height + layer.out_features)
         shape = (layer.out_features, layer.in_features)
-        packed.append(PackedLinear(codec.name, *shape, block, codes, scale[rows].clone(), pack_signs(signs)))
+        packed.append(PackedLinear(codec.name, *shape, p.block, codes, scale[rows].clone(), pack_signs(p.signs)))
         tile += tiles
     return packed, lost
 
 
-def _seed(seed: int, name: str) -> int:
+def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping: float, mse: float) -> None:
+    """Move layers that read the same input as round_layers would, without rounding them.
+
+    mse: give them errors like those of a codec of this distortion on N(0, 1). Rounding makes a white error in each step
+    of LDLQ; after the feedback, what is left is that error times the inverse of the feedback's matrix.
+    """
+    p = _pose(torch.cat([layer.weight.float() for layer in layers]), moments, seed, damping)
+    changed = p.target
+    if mse > 0:
+        white = torch.randn(changed.shape, generator=torch.Generator().manual_seed(seed)).to(changed.device)
+        white *= (mse * changed.square().mean(1, keepdim=True)).sqrt()
+        n = feedback(p.factor)
+        changed = changed - torch.linalg.solve_triangular(n, white, upper=True, left=False, unitriangular=True)
+    weight = unrotate(changed, p.signs, p.block)
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be rounded, in the rotated basis: target [out, in], hessian [in, in], its damped factor."""
+
+    target: Tensor
+    hessian: Tensor
+    factor: Tensor
+    signs: Tensor
+    block: int
+
+
+def _pose(weight: Tensor, moments: Moments, seed: int, damping: float) -> _Problem:
+    """Rotate, and move the weights [out, in] towards those that fit the reference's outputs best."""
+    block = block_width(weight.shape[1])
+    signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed)).to(weight.device)
+    h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
+    target = rotate(weight, signs, block)
+    m = factor(h, damping)
+    target += HALF_STEP * solve(m, target @ drift)
+    return _Problem(target, h, m, signs, block)
+
+
+def group_seed(seed: int, name: str) -> int:
     """A seed for each group of layers, independent of the order in which they come."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") % 2**63
 

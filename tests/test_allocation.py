@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 import glq
 from glq import GlqError, Plan, Settings
-from glq.allocation import Group, allocate, make_plan
+from glq.allocation import allocate, make_plan
 from glq.checkpoint import inspect
 from glq.codecs import CODECS, DEFAULT_CODECS
+from glq.packed import packed_shapes
+from glq.sensitivity import Group
 
 RATES = list(DEFAULT_CODECS.values())
 
@@ -25,7 +28,11 @@ def loss(groups, codecs) -> float:
 
 
 def size(groups, codecs) -> int:
-    return sum(g.code_bytes(c) for g, c in zip(groups, codecs, strict=True))
+    return sum(
+        math.prod(packed_shapes(c, rows, cols)["codes"])
+        for g, c in zip(groups, codecs, strict=True)
+        for rows, cols in g.shapes
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -33,7 +40,7 @@ def size(groups, codecs) -> int:
     st.lists(
         st.tuples(st.sampled_from([64, 128, 192]), st.sampled_from([64, 128, 640]), st.floats(0.001, 100)),
         min_size=1,
-        max_size=4,
+        max_size=3,
     ),
     st.floats(1.5, 4),
 )
@@ -94,12 +101,12 @@ def test_an_unknown_codec_in_a_plan_is_named(tmp_path):
 
 
 def test_a_measured_plan_is_obeyed_and_kept(tiny_model, text_file, tmp_path):
-    settings = Settings(bits=2.75, tokens=512, ctx=64)
+    settings = Settings(bits=2.7, tokens=512, ctx=64)
     seen = []
     plan = make_plan(
-        tiny_model, 2.75, settings, calibration=text_file, device="cpu", progress=lambda p: seen.append(p.stage)
+        tiny_model, 2.7, settings, calibration=text_file, device="cpu", progress=lambda p: seen.append(p.stage)
     )
-    assert {"rounding", "measuring"} == set(seen)
+    assert set(seen) == {"measuring"}
     assert len(plan.groups) == 8
     assert {len(g.layers) for g in plan.groups} == {1, 2, 3}
     assert all(g.sensitivity > 0 for g in plan.groups)
@@ -113,12 +120,12 @@ def test_a_measured_plan_is_obeyed_and_kept(tiny_model, text_file, tmp_path):
 
 
 def test_a_plan_of_another_model_is_refused(tiny_model, text_file, tmp_path):
-    plan = allocate([group("model.layers.0.self_attn.q_proj", 64, 64, 1.0)], 2.25)
+    plan = allocate([group("model.layers.0.self_attn.q_proj", 64, 64, 1.0)], 2.3)
     with pytest.raises(GlqError, match="the plan does not name|is not named"):
         glq.quantize(
             tiny_model,
             tmp_path / "out",
-            Settings(bits=2.25, tokens=512, ctx=64),
+            Settings(bits=2.3, tokens=512, ctx=64),
             calibration=text_file,
             device="cpu",
             plan=plan,

@@ -124,10 +124,15 @@ GOLDEN = {
     "nested-3.5": "87dff7b56b229f2e",
     "nested-4": "26beeead116240bb",
     "trellis-1.5": "d4a7464a3c59d455",
+    "trellis-1.75": "760a1ae65818d25e",
     "trellis-2": "dc6d957ef1f65d7b",
+    "trellis-2.25": "848625bfda863530",
     "trellis-2.5": "7b4a3b5bcfda0200",
+    "trellis-2.75": "14a739fa17830350",
     "trellis-3": "e3448af6277f31fd",
+    "trellis-3.25": "c109e2969d57c09c",
     "trellis-3.5": "d2cdc900b72340e6",
+    "trellis-3.75": "c849b89b0e458c25",
     "trellis-4": "897d6bffee690670",
 }
 
@@ -174,6 +179,6 @@ def test_any_strip_is_rounded_the_same_alone_and_in_company(values, name, others
 
 def test_rates_by_name():
     assert {bits: get_codec(name).bits for bits, name in DEFAULT_CODECS.items()} == {b: b for b in DEFAULT_CODECS}
-    assert sorted(DEFAULT_CODECS) == [1.5, 2, 2.5, 3, 3.5, 4]
+    assert sorted(DEFAULT_CODECS) == [quarters / 4 for quarters in range(6, 17)]
     with pytest.raises(GlqError, match="unknown codec 'e9'.*e8-2"):
         get_codec("e9")

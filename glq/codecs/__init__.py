@@ -60,17 +60,24 @@ CODECS: dict[str, Codec] = {
     "nested-3.5": NestedE8("nested-3.5", 8, 28, (.312, .345, .371, .400, .431, .453, .476, .500,
                                                  .525, .551, .594, .640, .689, .760, .860, 1.101), mse=0.0134),
     "nested-4": NestedE8("nested-4", 12, 32, (.224, .267, .302, .333, .368, .406, .471, .682), mse=0.00644),
-    "trellis-1.5": Trellis("trellis-1.5", step_bits=3, table_bits=8, mse=0.1375),
-    "trellis-2": Trellis("trellis-2", step_bits=4, table_bits=8, mse=0.0695),
-    "trellis-2.5": Trellis("trellis-2.5", step_bits=5, table_bits=9, mse=0.0353),
-    "trellis-3": Trellis("trellis-3", step_bits=6, table_bits=9, mse=0.0179),
-    "trellis-3.5": Trellis("trellis-3.5", step_bits=7, table_bits=11, mse=0.00919),
-    "trellis-4": Trellis("trellis-4", step_bits=8, table_bits=11, mse=0.00476),
+    "trellis-1.5": Trellis("trellis-1.5", code_bits=24, table_bits=8, mse=0.1375),
+    "trellis-1.75": Trellis("trellis-1.75", code_bits=28, table_bits=8, mse=0.0979),
+    "trellis-2": Trellis("trellis-2", code_bits=32, table_bits=8, mse=0.0695),
+    "trellis-2.25": Trellis("trellis-2.25", code_bits=36, table_bits=9, mse=0.0495),
+    "trellis-2.5": Trellis("trellis-2.5", code_bits=40, table_bits=9, mse=0.0353),
+    "trellis-2.75": Trellis("trellis-2.75", code_bits=44, table_bits=9, mse=0.0252),
+    "trellis-3": Trellis("trellis-3", code_bits=48, table_bits=9, mse=0.0179),
+    "trellis-3.25": Trellis("trellis-3.25", code_bits=52, table_bits=10, mse=0.0129),
+    "trellis-3.5": Trellis("trellis-3.5", code_bits=56, table_bits=11, mse=0.00919),
+    "trellis-3.75": Trellis("trellis-3.75", code_bits=60, table_bits=11, mse=0.00664),
+    "trellis-4": Trellis("trellis-4", code_bits=64, table_bits=11, mse=0.00476),
 }
 # fmt: on
 
 # The codec that `--codec auto` takes at each rate: the least KL at equal stored bits (docs/decisions.md).
-DEFAULT_CODECS: dict[float, str] = {bits: f"trellis-{bits}" for bits in (1.5, 2, 2.5, 3, 3.5, 4)}
+DEFAULT_CODECS: dict[float, str] = {
+    bits: f"trellis-{bits}" for bits in (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4)
+}
 
 
 def get_codec(name: str) -> Codec:

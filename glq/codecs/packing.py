@@ -10,7 +10,6 @@ largest first; the 32 lanes' pieces lie side by side, so that each load of a war
 """
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
@@ -54,16 +53,12 @@ def from_strips(strips: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, code_bits: int) -> Tensor:
-    """codes [row tiles, in / 2, 8] int64 → bytes [row tiles, column tiles, 32 · code_bits] uint8."""
+    """codes [row tiles, in / 2, 8] int64, of a multiple of 4 bits → [row tiles, column tiles, 32 · code_bits] uint8."""
     row_tiles, pairs, _ = codes.shape
     col_tiles = pairs * _GROUP_COLS // TILE_COLS
     lanes = codes.view(row_tiles, col_tiles, 4, STRIP, STRIP).permute(0, 1, 4, 2, 3).reshape(-1, _LANES, STRIP)
-    together = _words_to_whole_bytes(code_bits)
-    joined = lanes[..., 0::together]
-    for i in range(1, together):
-        joined = joined | lanes[..., i::together] << i * code_bits
-    shifts = torch.arange(0, together * code_bits, 8, device=codes.device)
-    payload = (joined[..., None] >> shifts & 255).to(torch.uint8).view(-1, _LANES, code_bits)
+    nibbles = torch.stack([(lanes >> at & 15).to(torch.uint8) for at in range(0, code_bits, 4)], 3).flatten(2)
+    payload = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     parts = [payload[:, :, a:b].flatten(1) for a, b in _pieces(code_bits)]
     return torch.cat(parts, 1).view(row_tiles, col_tiles, tile_bytes(code_bits))
 
@@ -73,20 +68,12 @@ def unpack(packed: Tensor, code_bits: int) -> Tensor:
     row_tiles, col_tiles, _ = packed.shape
     flat = packed.reshape(-1, tile_bytes(code_bits))
     payload = torch.cat([flat[:, a * _LANES : b * _LANES].view(-1, _LANES, b - a) for a, b in _pieces(code_bits)], 2)
-    together = _words_to_whole_bytes(code_bits)
-    columns = payload.view(-1, _LANES, STRIP // together, together * code_bits // 8)
-    joined = columns[..., 0].long()
-    for k in range(1, columns.shape[-1]):
-        joined |= columns[..., k].long() << 8 * k
-    if together > 1:
-        joined = torch.stack([joined >> i * code_bits & (1 << code_bits) - 1 for i in range(together)], -1)
-    lanes = joined.view(row_tiles, col_tiles, STRIP, 4, STRIP)
+    nibbles = torch.stack([payload & 15, payload >> 4], 3).view(-1, STRIP, code_bits // 4)
+    words = nibbles[..., 0].long()
+    for i in range(1, code_bits // 4):
+        words |= nibbles[..., i].long() << 4 * i
+    lanes = words.view(row_tiles, col_tiles, STRIP, 4, STRIP)
     return lanes.permute(0, 1, 3, 4, 2).reshape(row_tiles, -1, STRIP)
-
-
-def _words_to_whole_bytes(code_bits: int) -> int:
-    """How many words together fill whole bytes."""
-    return 8 // math.gcd(code_bits, 8)
 
 
 def _pieces(code_bits: int) -> list[tuple[int, int]]:

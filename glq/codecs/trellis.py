@@ -1,9 +1,9 @@
 """Trellis codes: a stream of bits of which every window of 16 is a state, and a state is two weights.
 
-A strip of 128 weights is 64 pairs. Pair p has `step_bits` bits of its own, at bit step_bits · p of the strip's
-circular bit string, and its state is the 16 bits that begin there: its own and those of the pairs after it. So
-choosing bits well means finding the best path through a trellis of 2^(16 − step_bits) nodes (Viterbi), and decoding
-means looking at 16 bits: state → one multiplication → an entry of a small table of pairs, and two signs.
+A strip of 128 weights is 64 pairs and 8 · code_bits bits, a circle. Pair p has the bits from ⌊code_bits · p / 8⌋ on,
+up to the next pair's, and its state is the 16 bits that begin there: its own and those of the pairs after it. So
+choosing bits well means finding the best path through a trellis (Viterbi), and decoding means looking at 16 bits:
+state → one multiplication → an entry of a small table of pairs, and two signs.
 Trellis-coded quantization: Marcellin and Fischer 1990; the bit-shift trellis, its tail-biting and hashed states: QTIP
 (arXiv:2406.11235). The tables are trained on N(0, 1) by Lloyd's algorithm (tools/train_trellis.py).
 """
@@ -26,21 +26,22 @@ _WORD_PAIRS = 8
 
 @dataclass(frozen=True)
 class Trellis:
-    """step_bits / 2 bits a weight; the table has 2^table_bits pairs of fp16."""
+    """code_bits / 16 bits a weight; the table has 2^table_bits pairs of fp16."""
 
     name: str
-    step_bits: int
+    code_bits: int  # of a word of 16 weights, a multiple of 4: every pair has as many bits, or every second one more
     table_bits: int
     mse: float  # on N(0, 1)
     group = 16
 
     @property
-    def code_bits(self) -> int:
-        return _WORD_PAIRS * self.step_bits
-
-    @property
     def bits(self) -> float:
         return self.code_bits / self.group
+
+    @property
+    def step_bits(self) -> tuple[int, int]:
+        """Bits of the even pairs, and of the odd ones."""
+        return self.code_bits // 8, self.code_bits // 4 - self.code_bits // 8
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., 8, 16] float, strips → codes [..., 8] int64, words of code_bits bits."""
@@ -50,18 +51,24 @@ class Trellis:
         """x [..., 8, 16] float → codes [..., 8] int64 and their values [..., 8, 16] fp32."""
         table = state_values(self, x.device)
         states = best_states(x.reshape(-1, _PAIRS, 2).float(), table, self.step_bits)
-        own = (states & (1 << self.step_bits) - 1).view(-1, 8, _WORD_PAIRS)
-        shifts = torch.arange(_WORD_PAIRS, device=x.device) * self.step_bits
-        return (own << shifts).sum(-1).view(x.shape[:-1]), table[states].view(x.shape)
+        at, width = self._word(x.device)
+        own = states.view(-1, 8, _WORD_PAIRS) & (1 << width) - 1
+        return (own << at).sum(-1).view(x.shape[:-1]), table[states].view(x.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [..., 8] int → [..., 8, 16] fp32."""
-        shifts = torch.arange(_WORD_PAIRS, device=codes.device) * self.step_bits
-        own = (codes.long()[..., None] >> shifts & (1 << self.step_bits) - 1).flatten(-2)
-        states = own.clone()
-        for ahead in range(1, -(-STATE_BITS // self.step_bits)):
-            states |= own.roll(-ahead, -1) << ahead * self.step_bits
+        at, width = self._word(codes.device)
+        own = (codes.long()[..., None] >> at & (1 << width) - 1).flatten(-2)
+        states, filled = own.clone(), width.repeat(8)
+        for ahead in range(1, -(-STATE_BITS // min(self.step_bits))):
+            states |= own.roll(-ahead, -1) << filled
+            filled = filled + width.repeat(8).roll(-ahead)
         return state_values(self, codes.device)[states & (1 << STATE_BITS) - 1].view(*codes.shape, self.group)
+
+    def _word(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where in a word the bits of its 8 pairs begin, and how many each has: [8] int64 both."""
+        ends = torch.arange(_WORD_PAIRS + 1, device=device) * self.code_bits // _WORD_PAIRS
+        return ends[:-1], ends.diff()
 
 
 @cache

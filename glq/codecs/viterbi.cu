@@ -2,13 +2,14 @@
 //
 // Costs are halves: the least cost is subtracted at every step, distances are sums of squares of small differences, and
 // so their errors are relative; on N(0, 1) the path is as good as with fp32 costs. Two nodes share every instruction.
-// Macros: K bits a pair, STRIPS strips a block, PAIRS node pairs a thread, GROUPS groups of threads that share the fans.
+// Macros: K0, K1 own bits of even and odd steps, STRIPS strips a block, LANES threads that together hold every node once,
+// GROUPS groups of them that share the rows of states.
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-static constexpr int FANS = 1 << K, NODES = 1 << (16 - K), HIGH = NODES / FANS;
-static constexpr int LANES = NODES / 2 / PAIRS;  // threads of a group: together they hold every node once
-static constexpr int THREADS = LANES * GROUPS, ROWS = FANS / GROUPS, WARPS = LANES / 32;
+static constexpr int NODES = 1 << (16 - (K0 < K1 ? K0 : K1));  // at most, before or after a step
+static constexpr int START = 1 << (16 - K0);                   // before step 0
+static constexpr int THREADS = LANES * GROUPS, WARPS = LANES / 32;
 static constexpr u32 INFINITE = 0x7C007C00u;
 
 __device__ __forceinline__ u32 sub2(u32 a, u32 b) { u32 r; asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
@@ -48,70 +49,78 @@ __device__ __forceinline__ void load_before(u32* m, const u16* at) {  // STRIPS 
   }
 }
 
+// Step i of a walk, at pair t, which has IN bits of its own; the next one has OUT. first and second are in the order of
+// the states: row h holds those whose OUT highest bits are h, and the node they leave through is their place in it.
+template <int IN, int OUT>
+__device__ __forceinline__ void step(const Shared& s, const u32* first, const u32* second, u32* history, int steps, int i, int t) {
+  constexpr int ROW = 1 << (15 - OUT), PAIRS = ROW / LANES, ROWS = (1 << OUT) / GROUPS;  // ROW in node pairs
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  u32 x0[STRIPS], x1[STRIPS], best[PAIRS][STRIPS];
+  #pragma unroll
+  for (int k = 0; k < STRIPS; ++k) {
+    u32 x = s.xs[k * steps + t]; x0[k] = low2(x); x1[k] = high2(x);
+    #pragma unroll
+    for (int q = 0; q < PAIRS; ++q) best[q][k] = INFINITE;
+  }
+  #pragma unroll UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    #pragma unroll
+    for (int q = 0; q < PAIRS; ++q) {
+      const int at = (group * ROWS + r) * ROW + q * LANES + lane;
+      const u32 f = __ldg(first + at), g = __ldg(second + at);
+      u32 m[STRIPS];
+      load_before(m, s.before + (2 * at >> IN) * STRIPS);
+      #pragma unroll
+      for (int k = 0; k < STRIPS; ++k) best[q][k] = min2(best[q][k], cost2(f, g, x0[k], x1[k], m[k]));
+    }
+  }
+  if (GROUPS > 1 && group > 0) {
+    #pragma unroll
+    for (int q = 0; q < PAIRS; ++q)
+      #pragma unroll
+      for (int k = 0; k < STRIPS; ++k) s.partial[((group - 1) * ROW + q * LANES + lane) * STRIPS + k] = best[q][k];
+  }
+  __syncthreads();
+  u32 least[STRIPS];
+  if (group == 0) {
+    #pragma unroll
+    for (int k = 0; k < STRIPS; ++k) {
+      u32 before = INFINITE;  // the least cost of the step before: near enough to keep costs small
+      for (int w = 0; w < WARPS; ++w) before = min2(before, s.least[w * STRIPS + k]);
+      before = min2(low2(before), high2(before));
+      least[k] = INFINITE;
+      #pragma unroll
+      for (int q = 0; q < PAIRS; ++q) {
+        const int pair = q * LANES + lane;
+        u32 b = best[q][k];
+        for (int o = 0; o < GROUPS - 1; ++o) b = min2(b, s.partial[(o * ROW + pair) * STRIPS + k]);
+        b = sub2(b, before);
+        least[k] = min2(least[k], b);
+        s.before[2 * pair * STRIPS + k] = (u16)b;
+        s.before[(2 * pair + 1) * STRIPS + k] = (u16)(b >> 16);
+        if (i + 1 < steps) history[((size_t)k * steps + i + 1) * (NODES / 2) + pair] = b;
+      }
+      #pragma unroll
+      for (int o = 16; o; o >>= 1) least[k] = min2(least[k], __shfl_xor_sync(~0u, least[k], o));
+    }
+  }
+  __syncthreads();
+  if (group == 0 && lane % 32 == 0) {
+    #pragma unroll
+    for (int k = 0; k < STRIPS; ++k) s.least[lane / 32 * STRIPS + k] = least[k];
+  }
+}
+
 // One way around, from pair `shift`. history [STRIPS of this block][steps][NODES] halves: the costs before each step.
 __device__ void walk(const Shared& s, const u32* first, const u32* second, u32* history, int steps, int shift, bool closed) {
-  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   for (int i = threadIdx.x; i < NODES * STRIPS; i += THREADS)
     s.before[i] = closed && i / STRIPS != s.starts[i % STRIPS] ? 0x7C00 : 0;
   for (int i = threadIdx.x; i < WARPS * STRIPS; i += THREADS) s.least[i] = 0;
   __syncthreads();
   for (int i = 0; i < steps; ++i) {
     const int t = (i + shift) % steps;
-    u32 x0[STRIPS], x1[STRIPS], best[PAIRS][STRIPS];
-    #pragma unroll
-    for (int k = 0; k < STRIPS; ++k) {
-      u32 x = s.xs[k * steps + t]; x0[k] = low2(x); x1[k] = high2(x);
-      #pragma unroll
-      for (int q = 0; q < PAIRS; ++q) best[q][k] = INFINITE;
-    }
-    #pragma unroll UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      const int h = group * ROWS + r;
-      #pragma unroll
-      for (int q = 0; q < PAIRS; ++q) {
-        const int pair = q * LANES + lane;
-        const u32 f = __ldg(first + h * (NODES / 2) + pair), g = __ldg(second + h * (NODES / 2) + pair);
-        u32 m[STRIPS];
-        load_before(m, s.before + (h * HIGH + (2 * pair >> K)) * STRIPS);
-        #pragma unroll
-        for (int k = 0; k < STRIPS; ++k) best[q][k] = min2(best[q][k], cost2(f, g, x0[k], x1[k], m[k]));
-      }
-    }
-    if (GROUPS > 1 && group > 0) {
-      #pragma unroll
-      for (int q = 0; q < PAIRS; ++q)
-        #pragma unroll
-        for (int k = 0; k < STRIPS; ++k) s.partial[((group - 1) * (NODES / 2) + q * LANES + lane) * STRIPS + k] = best[q][k];
-    }
-    __syncthreads();
-    u32 least[STRIPS];
-    if (group == 0) {
-      #pragma unroll
-      for (int k = 0; k < STRIPS; ++k) {
-        u32 before = INFINITE;  // the least cost of the step before: near enough to keep costs small
-        for (int w = 0; w < WARPS; ++w) before = min2(before, s.least[w * STRIPS + k]);
-        before = min2(low2(before), high2(before));
-        least[k] = INFINITE;
-        #pragma unroll
-        for (int q = 0; q < PAIRS; ++q) {
-          const int pair = q * LANES + lane;
-          u32 b = best[q][k];
-          for (int o = 0; o < GROUPS - 1; ++o) b = min2(b, s.partial[(o * (NODES / 2) + pair) * STRIPS + k]);
-          b = sub2(b, before);
-          least[k] = min2(least[k], b);
-          s.before[2 * pair * STRIPS + k] = (u16)b;
-          s.before[(2 * pair + 1) * STRIPS + k] = (u16)(b >> 16);
-          if (i + 1 < steps) history[((size_t)k * steps + i + 1) * (NODES / 2) + pair] = b;
-        }
-        #pragma unroll
-        for (int o = 16; o; o >>= 1) least[k] = min2(least[k], __shfl_xor_sync(~0u, least[k], o));
-      }
-    }
-    __syncthreads();
-    if (group == 0 && lane % 32 == 0) {
-      #pragma unroll
-      for (int k = 0; k < STRIPS; ++k) s.least[lane / 32 * STRIPS + k] = least[k];
-    }
+    if (K0 == K1 || t % 2 == 0) step<K0, K1>(s, first, second, history, steps, i, t);
+    else step<K1, K0>(s, first, second, history, steps, i, t);
   }
   __syncthreads();
 }
@@ -122,27 +131,29 @@ __device__ int trace(const Shared& s, const u16* first, const u16* second, const
   const int lane = threadIdx.x % 32;
   for (int i = steps - 1; i >= stop; --i) {
     const int t = (i + shift) % steps;
+    const int in = t % 2 ? K1 : K0, out = t % 2 ? K0 : K1;
     const u32 x = s.xs[k * steps + t];
     u32 least = ~0u;
     if (i == 0) {
-      least = start >> (16 - 2 * K);
+      least = start >> (16 - in - out);
     } else {
-      for (int h = lane; h < FANS; h += 32) {
-        u32 m = history[(size_t)i * NODES + h * HIGH + (node >> K)];
-        u32 c = cost2(first[h * NODES + node], second[h * NODES + node], x & 0xFFFF, x >> 16, m) & 0xFFFF;
+      for (int h = lane; h < 1 << out; h += 32) {
+        const int state = h << (16 - out) | node;
+        u32 m = history[(size_t)i * NODES + (state >> in)];
+        u32 c = cost2(first[state], second[state], x & 0xFFFF, x >> 16, m) & 0xFFFF;
         least = min(least, c << 16 | h);
       }
       #pragma unroll
       for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
     }
-    const int h = least & 0xFFFF;
-    if (states && lane == 0) states[t] = h << (16 - K) | node;
-    node = h * HIGH + (node >> K);
+    const int state = (least & 0xFFFF) << (16 - out) | node;
+    if (states && lane == 0) states[t] = state;
+    node = state >> in;
   }
   return node;
 }
 
-// x [strips][steps] half2, first and second [FANS][NODES] halves, all times the same scale; strips are filled up to whole blocks.
+// x [strips][steps] half2, first and second [65536] halves, all times the same scale; strips are filled up to whole blocks.
 // history [strips][steps][NODES] halves of scratch; states [strips][steps].
 extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, const u32* first, const u32* second, u32* history, int* states, int steps) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -154,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, cons
   walk(s, first, second, history, steps, steps / 2, false);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     u32 least = ~0u;
-    for (int i = lane; i < NODES; i += 32) least = min(least, (u32)s.before[i * STRIPS + k] << 16 | i);
+    for (int i = lane; i < START; i += 32) least = min(least, (u32)s.before[i * STRIPS + k] << 16 | i);
     #pragma unroll
     for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
     const u16* mine = (const u16*)history + (size_t)k * steps * NODES;

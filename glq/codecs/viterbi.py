@@ -1,10 +1,10 @@
 """The best path through a bit-shift trellis that bites its tail: where the time of trellis quantization goes.
 
-A strip's pairs form a circle. Going backwards around it, pair after pair, a state is h · 2^(16−k) + node, where the
-node's high 16 − 2k bits and h, the k highest bits of the state, come from the node before: that node is
-h · 2^(16−2k) + ⌊node / 2^k⌋, and the node's k low bits are the pair's own. The path of least squared error to every
-node is extended pair by pair (Viterbi). The first time around, from anywhere, finds the node at which the circle is
-closed; the second starts and ends there.
+A strip's pairs form a circle, which is walked backwards, pair after pair. A step's state is 16 bits: its `own` lowest
+bits belong to its pair, the others are the node through which the walk enters; all but as many of the highest as the
+next step has own bits are the node through which it leaves. Own bits are the same at every step, or alternate between
+two numbers. The path of least squared error to every node is extended step by step (Viterbi). The first time around,
+from anywhere, finds the node at which the circle is closed; the second starts and ends there.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from glq import nvrtc
 
-Search = Callable[[Tensor, Tensor, int], Tensor]
+Search = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 _HUGE = 1e30
 
 
-def best_states(x: Tensor, values: Tensor, step_bits: int) -> Tensor:
-    """x [n, pairs, 2] fp32, values [65536, 2] fp32 of the states → states [n, pairs] int64.
+def best_states(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
+    """The best state of every pair: x [n, pairs, 2] fp32, values [65536, 2] fp32 of the states → [n, pairs] int64.
 
+    own: bits of the even pairs and of the odd ones; where they differ, the number of pairs is a multiple of 4.
     By CUDA C++ (cuda-core) or numba; where there is neither by `reference`, which is tens of times slower.
     """
-    return _search_on(x.device.type)(x.flip(1).contiguous(), values, step_bits).flip(1)
+    return _search_on(x.device.type)(x.flip(1).contiguous(), values, own[::-1]).flip(1)
 
 
 @cache
@@ -41,32 +42,32 @@ def _search_on(device: str) -> Search:
     return reference
 
 
-def reference(x: Tensor, values: Tensor, step_bits: int) -> Tensor:
+def reference(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     """What the fast versions compute: x [n, steps, 2], in the order of the walk → states [n, steps] int64."""
     steps = x.shape[1]
     middle = steps // 2
-    start = _walk(x.roll(-middle, 1), values, step_bits, None)[:, steps - middle - 1] & (1 << 16 - step_bits) - 1
-    return _walk(x, values, step_bits, start)
+    start = _walk(x.roll(-middle, 1), values, own, None)[:, steps - middle - 1] & (1 << 16 - own[0]) - 1
+    return _walk(x, values, own, start)
 
 
-def _walk(x: Tensor, values: Tensor, k: int, start: Tensor | None) -> Tensor:
+def _walk(x: Tensor, values: Tensor, own: tuple[int, int], start: Tensor | None) -> Tensor:
     """The best path [n, steps] of states; from and to the nodes `start` [n], or from and to anywhere."""
     n, steps, _ = x.shape
-    fans, nodes = 1 << k, 1 << 16 - k
-    cost = x.new_zeros(n, nodes)
+    cost = x.new_zeros(n, 1 << 16 - own[0])
     if start is not None:
         cost.fill_(_HUGE).scatter_(1, start[:, None], 0.0)
     came_from = []
     energy = values.square().sum(1) / 2
     for t in range(steps):
-        distance = (energy - x[:, t] @ values.T).view(n, fans, -1, fans)  # [n, h, node's high bits, own bits]
-        best, h = (cost.view(n, fans, -1, 1) + distance).min(1)
-        cost = best.view(n, nodes)
-        came_from.append(h.view(n, nodes))
+        mine, following = own[t % 2], own[(t + 1) % 2]
+        distance = energy - x[:, t] @ values.T
+        through = cost.repeat_interleave(1 << mine, 1) + distance
+        cost, high = through.view(n, 1 << following, -1).min(1)
+        came_from.append(high)
     node = cost.argmin(1) if start is None else start
     states = []
-    for back in reversed(came_from):
-        h = back.gather(1, node[:, None])[:, 0]
-        states.append(h << 16 - k | node)
-        node = h << 16 - 2 * k | node >> k
+    for t in reversed(range(steps)):
+        high = came_from[t].gather(1, node[:, None])[:, 0]
+        states.append(high << 16 - own[(t + 1) % 2] | node)
+        node = states[-1] >> own[t % 2]
     return torch.stack(states[::-1], 1)

@@ -18,58 +18,57 @@ _HISTORY = 2**30  # bytes of scratch at once
 class Plan:
     """How the nodes of one trellis are spread over a block."""
 
-    step_bits: int
+    own: tuple[int, int]  # bits of even and odd steps
     strips: int  # a block
-    pairs: int  # of nodes a thread
-    groups: int  # of threads, among which the fans are divided
+    lanes: int  # threads that hold every node once
+    groups: int  # of lanes, among which the rows of states are divided
 
     @property
     def nodes(self) -> int:
-        return 1 << 16 - self.step_bits
+        return 1 << 16 - min(self.own)
 
     @property
     def threads(self) -> int:
-        return self.nodes // 2 // self.pairs * self.groups
+        return self.lanes * self.groups
 
     def shared(self, steps: int) -> int:
         """Bytes of shared memory a block."""
-        warps = self.threads // self.groups // 32
-        words = (self.groups - 1) * self.nodes // 2 + warps + steps + 1
+        words = (self.groups - 1) * self.nodes // 2 + self.lanes // 32 + steps + 1
         return self.strips * (2 * self.nodes + 4 * words)
 
     @property
     def source(self) -> nvrtc.Source:
-        macros = {"K": self.step_bits, "STRIPS": self.strips, "PAIRS": self.pairs, "GROUPS": self.groups, "UNROLL": 4}
-        return nvrtc.Source("codecs/viterbi.cu", tuple(macros.items()))
+        even, odd = self.own
+        spread = {"STRIPS": self.strips, "LANES": self.lanes, "GROUPS": self.groups}
+        return nvrtc.Source("codecs/viterbi.cu", tuple({"K0": even, "K1": odd, **spread, "UNROLL": 4}.items()))
 
 
-# (pairs a thread, groups) by step_bits, measured on an H100: for few strips, whose blocks are alone on their
+# (lanes, groups) by the most own bits, measured on an H100: for few strips, whose blocks are alone on their
 # processors, and for many.
-_FEW = {3: (8, 1), 4: (4, 2), 5: (4, 2), 6: (2, 4), 7: (1, 4), 8: (1, 8)}
-_MANY = {3: (16, 1), 4: (8, 1), 5: (4, 1), 6: (2, 2), 7: (1, 2), 8: (1, 2)}
+_FEW = {3: (512, 1), 4: (512, 2), 5: (256, 2), 6: (256, 4), 7: (256, 4), 8: (128, 8)}
+_MANY = {3: (256, 1), 4: (256, 1), 5: (256, 1), 6: (256, 2), 7: (256, 2), 8: (128, 2)}
 
 
-def plan(step_bits: int, strips: int, processors: int) -> Plan:
+def plan(own: tuple[int, int], strips: int, processors: int) -> Plan:
     """Few strips: a block for each, for the sake of time; many: several a block, for the sake of the L2 cache."""
+    least, most = min(own), max(own)
     if strips <= 1.5 * processors:
-        return Plan(step_bits, 1, *_FEW[step_bits])
+        return Plan(own, 1, *_FEW[most])
     if strips <= 6 * processors:
-        return Plan(step_bits, 2 if step_bits == 3 else 4, *_FEW[step_bits])
-    return Plan(step_bits, {3: 2, 4: 4}.get(step_bits, 8), *_MANY[step_bits])
+        return Plan(own, 2 if least == 3 else 4, *_FEW[most])
+    return Plan(own, {3: 2, 4: 4}.get(least, 8), *_MANY[most])
 
 
-def search(x: Tensor, values: Tensor, step_bits: int) -> Tensor:
+def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     """As viterbi.reference, up to ties and the rounding of costs: x [n, steps, 2] → states [n, steps] int64."""
     n, steps, _ = x.shape
-    most = max(8, _HISTORY // (steps * 2 << 16 - step_bits))
-    return (
-        torch.cat([_search(part, values, step_bits) for part in x.split(most)]) if n else x.new_empty(0, steps).long()
-    )
+    most = max(8, _HISTORY // (steps * 2 << 16 - min(own)))
+    return torch.cat([_search(part, values, own) for part in x.split(most)]) if n else x.new_empty(0, steps).long()
 
 
-def _search(x: Tensor, values: Tensor, step_bits: int) -> Tensor:
+def _search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     n, steps, _ = x.shape
-    p = plan(step_bits, n, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    p = plan(own, n, torch.cuda.get_device_properties(x.device).multi_processor_count)
     blocks = -(-n // p.strips)
     scaled = (x.clamp(-_FAR, _FAR) * _SCALE).half()
     scaled = pad(scaled, (0, 0, 0, 0, 0, blocks * p.strips - n))
