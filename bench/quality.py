@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,9 @@ from unittest.mock import patch
 import torch
 
 import glq
+from glq.allocation import allocate
 from glq.codecs import DEFAULT_CODECS, get_codec
+from glq.sensitivity import Group, measure
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text(encoding="utf-8"))
 
@@ -52,7 +55,7 @@ def variants() -> list[Variant]:
     codecs = [*DEFAULT_CODECS.values(), "e8-1.5", "e8-2", "nested-3", "nested-3.5", "nested-4"]
     uniform = {name: glq.Settings(bits=get_codec(name).bits, codec=name) for name in codecs}
     found = [Variant(name, settings) for name, settings in uniform.items()]
-    found += [Variant(f"{name}-tuned", uniform[name], tuned=True) for name in DEFAULT_CODECS.values()]
+    found += [Variant(f"{name}-tuned", uniform[name], tuned=True) for name in ("trellis-2", "trellis-3", "trellis-4")]
     found += [Variant(f"mixed-{b:g}", glq.Settings(bits=b), mixed=True) for b in (2, 2.25, 2.5, 3, 3.5)]
     found += [Variant(f"mixed-{b:g}-tuned", glq.Settings(bits=b), mixed=True, tuned=True) for b in (2, 3)]
     found += [
@@ -62,27 +65,33 @@ def variants() -> list[Variant]:
     return found
 
 
-def run(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
-    """Quantize, check, score."""
-    with tempfile.TemporaryDirectory() as folder, variant.ablation():
-        out = Path(folder) / "out"
-        start = time.monotonic()
-        result = glq.quantize(
-            args.model,
-            out,
-            variant.settings,
-            calibration=args.calibration,
-            device=args.device,
-            mixed=variant.mixed,
-            tuning=glq.TuneSettings() if variant.tuned else None,
-        )
-        seconds = time.monotonic() - start
-        stored = glq.inspect(out).bits
-        assert abs(stored - variant.settings.bits) < 0.05, f"{variant.name} stores {stored} bits"
-        _, score = glq.evaluate(args.model, [out], text=args.text, device=args.device)
-        assert score.nonfinite == 0, f"{variant.name} has logits that are not finite"
-    figures = {"bits": stored, "perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
-    return {"name": variant.name, **figures, "seconds": seconds, "tuned_kl": result.tuned}
+class Bench:
+    """Quantizes, checks and scores variants; what mixed ones need to know of the model is measured once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    @cached_property
+    def _groups(self) -> list[Group]:
+        return measure(self._args.model, glq.Settings(), calibration=self._args.calibration, device=self._args.device)
+
+    def run(self, variant: Variant) -> dict[str, Any]:
+        args, settings = self._args, variant.settings
+        plan = allocate(self._groups, settings.bits) if variant.mixed else None
+        tuning = glq.TuneSettings() if variant.tuned else None
+        with tempfile.TemporaryDirectory() as folder, variant.ablation():
+            out = Path(folder) / "out"
+            start = time.monotonic()
+            result = glq.quantize(
+                args.model, out, settings, plan=plan, tuning=tuning, calibration=args.calibration, device=args.device
+            )
+            seconds = time.monotonic() - start
+            stored = glq.inspect(out).bits
+            assert abs(stored - settings.bits) < 0.05, f"{variant.name} stores {stored} bits"
+            _, score = glq.evaluate(args.model, [out], text=args.text, device=args.device)
+            assert score.nonfinite == 0, f"{variant.name} has logits that are not finite"
+        figures = {"bits": stored, "perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
+        return {"name": variant.name, **figures, "seconds": seconds, "tuned_kl": result.tuned}
 
 
 def write(rows: list[dict[str, Any]], out: Path, peers: list[dict[str, Any]]) -> None:
@@ -126,10 +135,11 @@ def main() -> None:
     record = args.out / "quality.json"
     rows = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
     peers = PEERS if "smollm2-135m" in str(args.model).lower() else []
+    bench = Bench(args)
     for name in args.variants or chosen:
         if name in {row["name"] for row in rows}:
             continue
-        rows.append(run(chosen[name], args))
+        rows.append(bench.run(chosen[name]))
         print(json.dumps(rows[-1]), flush=True)
         record.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         write(rows, args.out, peers)
