@@ -6,6 +6,7 @@ over the bytes of every choice finds the exact optimum of the sum.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def make_plan(
     return allocate(groups, bits)
 
 
-def allocate(groups: list[Group], bits: float) -> Plan:
+def allocate(groups: Sequence[Group], bits: float) -> Plan:
     """The codecs that minimize Σ sensitivity · MSE within `bits` a weight of codes: exact, by dynamic programming."""
     check_bits(bits)
     names = list(DEFAULT_CODECS.values())

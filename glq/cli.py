@@ -58,7 +58,9 @@ _Seed = Annotated[int, typer.Option(help="of the random rotation")]
 def quantize(
     model: _Model,
     out: _Out,
-    bits: _Bits = 3,
+    bits: Annotated[
+        float | None, typer.Option(help="bits a weight, any figure from 1.5 to 4; default: 3, or the plan's")
+    ] = None,
     codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
     layer: Annotated[
         list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
@@ -90,6 +92,9 @@ def quantize(
         keep_large_tensors_off_the_heap()
         if wrong := [entry for entry in layer or () if "=" not in entry]:
             raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
+        planned = None if plan is None else Plan.read(plan)
+        if bits is None:
+            bits = 3 if planned is None else planned.bits
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
         settings = Settings(
             bits, codec, exceptions, tokens=tokens, ctx=ctx, seed=seed, embeddings=embeddings, head=head
@@ -100,7 +105,7 @@ def quantize(
                 out,
                 settings,
                 mixed=mixed,
-                plan=None if plan is None else Plan.read(plan),
+                plan=planned,
                 tuning=TuneSettings(ctx=ctx, seed=seed) if tune else None,
                 calibration=calibration,
                 device=device,
@@ -123,18 +128,24 @@ def plan_command(
     ctx: _Ctx = 1024,
     device: _Device = "auto",
     seed: _Seed = 0,
+    measured: Annotated[
+        Path | None, typer.Option(help="an older plan of this model: take its sensitivities, good for every rate")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the plan here, too (PNG, SVG, PDF)")] = None,
 ) -> None:
     """Measure how much each group of layers matters, and allocate bits: for `glq quantize --plan`."""
     with _plain_errors():
-        from glq.allocation import make_plan
+        from glq.allocation import Plan, allocate, make_plan
         from glq.pipeline import Settings
 
         if out.exists():
             raise GlqError(f"{out} exists: nothing is overwritten, name another file")
-        settings = Settings(bits=bits, tokens=tokens, ctx=ctx, seed=seed)
-        with _progress() as listener:
-            plan = make_plan(model, bits, settings, calibration=calibration, device=device, progress=listener)
+        if measured is not None:
+            plan = allocate(Plan.read(measured).groups, bits)
+        else:
+            settings = Settings(bits=bits, tokens=tokens, ctx=ctx, seed=seed)
+            with _progress() as listener:
+                plan = make_plan(model, bits, settings, calibration=calibration, device=device, progress=listener)
         plan.write(out)
         table = Table("layers", "weights", "KL a unit of MSE", "codec")
         for group, codec in zip(plan.groups, plan.codecs, strict=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from glq.allocation import Plan, make_plan
 from glq.checkpoint import refuse_existing
 from glq.codecs import DEFAULT_CODECS
+from glq.errors import GlqError
 from glq.machine import pick_device
 from glq.pipeline import Result, Settings, round_model
 from glq.progress import Listener, silent
@@ -32,7 +33,12 @@ def quantize(
     measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the model, the text,
     the settings or `out` are not fit for it; nothing is overwritten.
     """
-    settings = settings or Settings()
+    settings = settings or Settings(bits=3 if plan is None else plan.bits)
+    if plan is not None and plan.bits != settings.bits:
+        raise GlqError(
+            f"the plan is for {plan.bits} bits, not {settings.bits}: ask for {plan.bits}, or let `glq plan --measured` "
+            "allocate anew"
+        )
     out = Path(out)
     refuse_existing(out)
     if tuning is not None:

@@ -133,6 +133,13 @@ def test_a_plan_of_another_model_is_refused(tiny_model, text_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_for_another_rate_is_refused(tiny_model, tmp_path):
+    plan = allocate([group("a", 64, 64, 1.0)], 2.25)
+    with pytest.raises(GlqError, match="the plan is for 2.25 bits, not 3"):
+        glq.quantize(tiny_model, tmp_path / "out", Settings(bits=3), device="cpu", plan=plan)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_plot_is_written(tmp_path):
     from glq.plots import plot_plan
 

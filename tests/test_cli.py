@@ -63,3 +63,17 @@ def test_generate_prints_text(tiny_checkpoint):
     output = run("generate", tiny_checkpoint, "w1 w2 w3", "--max-tokens", 5, "--device", "cpu")
     assert output.startswith("w1 w2 w3")
     assert len(output.split()) == 8
+
+
+def test_a_plan_is_made_once_and_allocated_again_for_another_rate(tiny_model, text_file, tmp_path):
+    first, second, out = tmp_path / "first.json", tmp_path / "second.json", tmp_path / "out"
+    options = ["--calibration", text_file, "--tokens", 512, "--ctx", 64, "--device", "cpu"]
+    table = run("plan", tiny_model, first, "--bits", 2.3, *options)
+    assert table.count("trellis-") == 8
+    run("plan", tiny_model, second, "--bits", 3.4, "--measured", first)
+    before, after = json.loads(first.read_text()), json.loads(second.read_text())
+    assert after["bits"] == 3.4
+    assert [g["sensitivity"] for g in after["groups"]] == [g["sensitivity"] for g in before["groups"]]
+    run("quantize", tiny_model, out, "--plan", second, *options)
+    assert glq.inspect(out).config.modules[after["groups"][0]["layers"][0]].codec == after["groups"][0]["codec"]
+    assert json.loads((out / "glq_plan.json").read_text()) == after
