@@ -104,6 +104,7 @@ class _Bench:
         set_aside = microbatches(ids[aside], device)
         self._batches, self._held_out = [*microbatches(ids[~aside], device), *set_aside], len(set_aside)
         self.reference, self._calls = capture(self.source, self._batches, device, torch.float32)
+        self.source.load(self.source.head, device, torch.float32)  # stays: every measurement ends there
 
     def look(self, states: list[Tensor], start: int, end: int) -> tuple[list[Group], list[Tensor]]:
         """The groups of blocks start … end − 1, still without sensitivity, and the states that leave them."""
@@ -136,8 +137,6 @@ class _Bench:
         for _ in walk(self.source, reference, quantized, self._calls, self.device, visit, self._held_out, start):
             pass
         last, source = slice(-self._held_out, None), self.source
-        source.load(source.head, self.device, torch.float32)
         pairs = final_states(source, self._batches[last], (reference[last], quantized[last]), self.device)
         total = sum(total_divergence(source.model, x, source.model, x_hat).item() for x, x_hat in pairs)
-        source.unload(source.head)
         return total / sum(batch.numel() for batch in self._batches[last])
