@@ -48,7 +48,9 @@ _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging F
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
 _Bits = Annotated[float, typer.Option(help="bits a weight, any figure from 1.5 to 4")]
 _Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")]
-_Tokens = Annotated[int | None, typer.Option(help="calibration tokens; default: 16,384 on a CPU, 65,536 on a GPU")]
+_Tokens = Annotated[
+    int | None, typer.Option(help="calibration tokens; default: 16,384 (GPU: up to 262,144)")
+]
 _Ctx = Annotated[int, typer.Option(help="tokens in one calibration window")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 _Seed = Annotated[int, typer.Option(help="of the random rotation")]
@@ -163,10 +165,13 @@ def tune_command(
     out: _Out,
     reference: Annotated[str, typer.Option(help="the model before quantization")],
     text: _Calibration = None,
-    steps: Annotated[int | None, typer.Option(help="of the optimizer; default: 120 on a CPU, 300 on a GPU")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the optimizer; default: 120 on a CPU, 600 on a GPU")] = None,
     batch: Annotated[int | None, typer.Option(help="windows a step; default: 2 on a CPU, 8 on a GPU")] = None,
     ctx: _Ctx = 1024,
-    learning_rate: Annotated[float, typer.Option(help="of AdamW")] = 3e-3,
+    sampled: Annotated[
+        int | None, typer.Option(help="windows that the original writes itself; default: none on a CPU, 1,024 on a GPU")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="of AdamW, relative to a parameter's size")] = 1e-3,
     device: _Device = "auto",
     seed: Annotated[int, typer.Option(help="of the order of the windows")] = 0,
 ) -> None:
@@ -175,7 +180,7 @@ def tune_command(
         from glq.tuning import TuneSettings
         from glq.tuning import tune as run
 
-        settings = TuneSettings(steps, batch, ctx, learning_rate, seed=seed)
+        settings = TuneSettings(steps, batch, sampled, ctx, learning_rate, seed=seed)
         with _progress() as listener:
             result = run(checkpoint, out, reference, settings, text=text, device=device, progress=listener)
         _say(

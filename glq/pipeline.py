@@ -36,7 +36,7 @@ from glq.progress import Listener, Progress, silent
 from glq.rounder import GroupRounder
 from glq.source import SourceModel
 
-_TOKENS = {"cpu": 16384, "cuda": 65536}
+_TOKENS = {"cpu": 16384, "cuda": 262144}  # at most, where the settings do not say
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
@@ -60,7 +60,9 @@ class Settings:
     bits: float = 3
     codec: str = "auto"  # or a name in CODECS
     layers: tuple[tuple[str, str], ...] = ()  # (pattern of layer names, codec): exceptions, the last that matches holds
-    tokens: int | None = None  # of calibration; None: 16,384 on a CPU, 65,536 on a GPU
+    tokens: int | None = (
+        None  # of calibration; None: 16,384, on a GPU up to 262,144
+    )
     ctx: int = 1024
     seed: int = 0
     damping: float = 0.1
@@ -128,9 +130,8 @@ def round_model(
     source = SourceModel(resolve(model))
     settings = _with_tied_rates(settings, source)
     text = read_text(calibration)
-    settings = replace(settings, tokens=settings.tokens or _TOKENS.get(where.type, _TOKENS["cpu"]))
-    count = max(1, (settings.tokens or 0) // settings.ctx)
-    tokens = windows(load_tokenizer(source.path), text, count, settings.ctx, spread=True)
+    tokens = _calibration_windows(source, text, settings, where)
+    settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
         rounder = GroupRounder(writer, where, settings.seed, settings.damping)
@@ -150,6 +151,26 @@ def round_model(
             writer.add_json("glq_plan.json", plan)
         writer.commit()
     return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
+
+
+def _calibration_windows(source: SourceModel, text: str, settings: Settings, device: torch.device) -> Tensor:
+    """[windows, ctx] token ids, evenly from the whole text."""
+    tokenizer = load_tokenizer(source.path)
+    if settings.tokens is not None:
+        return windows(tokenizer, text, settings.tokens // settings.ctx, settings.ctx, spread=True)
+    ids = windows(tokenizer, text, None, settings.ctx, spread=True)
+    count = min(len(ids), max(1, _default_tokens(source, device) // settings.ctx))
+    return ids[[i * len(ids) // count for i in range(count)]]
+
+
+def _default_tokens(source: SourceModel, device: torch.device) -> int:
+    """What two passes, side by side, keep for each token must fit into half of a GPU's memory."""
+    most, least = _TOKENS.get(device.type, 0), _TOKENS["cpu"]
+    if device.type == "cuda":
+        config = source.config.get_text_config()
+        widest = config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        most = min(most, torch.cuda.get_device_properties(device).total_memory // 2 // (2 * 2 * 4 * widest))
+    return max(least, most)
 
 
 def _with_tied_rates(settings: Settings, source: SourceModel) -> Settings:

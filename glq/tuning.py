@@ -2,15 +2,17 @@
 
 The codes stay as they are. Each optimizer step compares the quantized model's logits with the reference's, KL
 divergence in nats a token, on windows of the calibration text. Some windows are held out: the best state on those is
-what is kept, so training on too little text stops by itself.
+what is kept, so training on too little text stops by itself. On a GPU, half of the windows are written by the
+reference itself: a text of some hundred thousand tokens alone would be learnt by heart.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,21 +31,23 @@ from glq.hub import load_tokenizer, resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
 from glq.progress import Listener, Progress, silent
+from glq.sampling import sample_windows
 
 _CHUNK = 512  # positions whose logits over the vocabulary are held at once
 _LARGE = 3e9  # bytes of weight files from which weights are held in bf16
 _HELD_OUT = {"cpu": 6, "cuda": 16}  # windows
-_DEFAULTS = {"cpu": (2, 120), "cuda": (8, 300)}  # windows a step, steps
+_DEFAULTS = {"cpu": (2, 120, 0), "cuda": (8, 600, 1024)}  # windows a step, steps, windows to sample
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """None: what suits the device (2 windows and 120 steps on a CPU, 8 and 300 on a GPU)."""
+    """None: what suits the device (120 steps of 2 windows on a CPU; on a GPU 600 of 8, and 1,024 windows sampled)."""
 
     steps: int | None = None
     batch: int | None = None  # windows a step
+    sampled: int | None = None  # windows that the reference writes; then half of each step's are such
     ctx: int = 1024
-    learning_rate: float = 3e-3  # of AdamW, with warm-up and cosine decay
+    learning_rate: float = 1e-3  # of AdamW, relative to a parameter's size; with warm-up and cosine decay
     patience: int = 4  # held-out scores in a row that may be worse than the best
     seed: int = 0
 
@@ -56,6 +60,15 @@ class TuneResult:
     after: float
     step: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows [n, ctx] of token ids, each with `prefix` tokens (BOS) in front: to train on, and to judge by."""
+
+    train: Tensor
+    held_out: Tensor
+    prefix: int
 
 
 class TunableLinear(nn.Module):
@@ -92,13 +105,15 @@ def tune(
     where = pick_device(device)
     path = Path(checkpoint_dir)
     read_config(path)
-    ids, is_held = split_text(reference, settings, text, where)
+    settings = _with_defaults(settings, where)
+    split = split_text(reference, settings, text, where)
     with CheckpointWriter(Path(out)) as writer:
         dtype = _precision(reference, where)
         teacher, student = _load(reference, where, dtype), _load(path, where, dtype)
         trainable = _make_tunable(student, dtype)
-        with _tensor_cores(where):
-            result = _train(student, teacher, trainable, ids[~is_held], ids[is_held], settings, where, progress)
+        with _fast(where, dtype):
+            batches = _batches(teacher, split, settings, progress)
+            result = _train(student, teacher, trainable, batches, split.held_out, settings, progress)
         replaced = {name: p.detach() for name, p in trainable.items() if not name.endswith(".gain")}
         gains = {name.removesuffix(".gain"): p for name, p in trainable.items() if name.endswith(".gain")}
         _write(path, writer, replaced, {name: gain.detach().cpu() for name, gain in gains.items()})
@@ -106,11 +121,20 @@ def tune(
     return result
 
 
-def split_text(
-    reference: str | Path, settings: TuneSettings, text: str | Path | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """All windows of a text [windows, ctx], and which are held out [windows] bool. GlqError if there are too few."""
-    ids = windows(load_tokenizer(resolve(reference)), read_text(text), None, settings.ctx, spread=True)
+def _with_defaults(settings: TuneSettings, device: torch.device) -> TuneSettings:
+    batch, steps, sampled = _DEFAULTS.get(device.type, _DEFAULTS["cpu"])
+    return replace(
+        settings,
+        batch=settings.batch or batch,
+        steps=settings.steps or steps,
+        sampled=sampled if settings.sampled is None else settings.sampled,
+    )
+
+
+def split_text(reference: str | Path, settings: TuneSettings, text: str | Path | None, device: torch.device) -> Split:
+    """GlqError if a text has too few windows."""
+    tokenizer = load_tokenizer(resolve(reference))
+    ids = windows(tokenizer, read_text(text), None, settings.ctx, spread=True)
     held = _HELD_OUT.get(device.type, 8)
     if len(ids) < 2 * held:
         raise GlqError(
@@ -120,7 +144,7 @@ def split_text(
     stride = len(ids) // held
     is_held = torch.zeros(len(ids), dtype=torch.bool)
     is_held[stride // 2 :: stride] = True
-    return ids, is_held
+    return Split(ids[~is_held], ids[is_held], len(tokenizer("")["input_ids"]))
 
 
 def _precision(model: str | Path, device: torch.device) -> torch.dtype:
@@ -135,13 +159,14 @@ def _load(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTra
 
 
 @contextmanager
-def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """TF32 for fp32 products on a GPU: ten bits are enough for gradients, and several times faster."""
+def _fast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """TF32 for fp32 products on a GPU: ten bits are enough for gradients. With bf16 weights, bf16 for all products."""
     before = torch.get_float32_matmul_precision()
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -164,29 +189,26 @@ def _train(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     trainable: dict[str, nn.Parameter],
-    ids: Tensor,
+    batches: Iterator[Tensor],
     held_out: Tensor,
     settings: TuneSettings,
-    device: torch.device,
     progress: Listener,
 ) -> TuneResult:
     start = time.monotonic()
-    default_batch, default_steps = _DEFAULTS.get(device.type, (2, 120))
-    batch, steps = settings.batch or default_batch, settings.steps or default_steps
-    optimizer = torch.optim.AdamW(trainable.values(), lr=settings.learning_rate, weight_decay=0.0)
+    steps = settings.steps or 0
+    optimizer = torch.optim.AdamW(_groups(trainable, settings.learning_rate), weight_decay=0.0)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
     every = max(1, steps // 8)
-    held_out = held_out.to(device)
+    held_out = held_out.to(student.device)
     states = last_states(teacher, held_out)
     before = best = latest = mean_divergence(student, teacher, states, held_out)
     kept, kept_step, worse = _state(trainable), 0, 0
-    batches = _shuffled(ids, batch, settings.seed)
     for step in range(1, steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        loss = _divergence(student, teacher, next(batches).to(device))
+        loss = _divergence(student, teacher, next(batches).to(student.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
@@ -202,6 +224,18 @@ def _train(
     for name, value in kept.items():
         trainable[name].data.copy_(value)
     return TuneResult(before, best, kept_step, time.monotonic() - start)
+
+
+def _groups(trainable: dict[str, nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
+    """A step of AdamW moves every value by about the learning rate: of 1 for a gain, of its own size for the others."""
+    of_size: dict[float, list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        of_size.setdefault(1.0 if name.endswith(".gain") else _rms(p), []).append(p)
+    return [{"params": ps, "lr": learning_rate * size} for size, ps in of_size.items()]
+
+
+def _rms(p: Tensor) -> float:
+    return p.detach().square().mean().sqrt().item() or 1.0
 
 
 def _divergence(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -220,6 +254,20 @@ def _divergence(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor)
         start=hidden.new_zeros((), dtype=torch.float32),
     )
     return total / len(hidden)
+
+
+def _batches(teacher: PreTrainedModel, split: Split, settings: TuneSettings, progress: Listener) -> Iterator[Tensor]:
+    """Windows [batch, ctx] for each step, without end: half of the user's text, half of what the teacher writes."""
+    batch, count = settings.batch or 1, settings.sampled or 0
+    if not count or batch == 1:
+        return _shuffled(split.train, batch, settings.seed)
+
+    def show(done: int, total: int) -> None:
+        progress(Progress("sampling", done, total, f"{count} windows of text"))
+
+    sampled = sample_windows(teacher, split.train, count, split.prefix, settings.seed, show)
+    parts = _shuffled(split.train, batch - batch // 2, settings.seed), _shuffled(sampled, batch // 2, settings.seed)
+    return map(torch.cat, zip(*parts, strict=True))
 
 
 def _shuffled(ids: Tensor, batch: int, seed: int) -> Iterator[Tensor]:

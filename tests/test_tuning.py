@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import glq
-from glq import GlqError, Settings, TuneSettings
+from glq import GlqError, Settings, TuneSettings, tuning
 from glq.checkpoint import inspect
 
 
@@ -78,3 +78,30 @@ def test_too_little_text_is_refused(tiny_model, two_bits, tmp_path):
 def test_existing_output_is_refused_before_any_work(tiny_model, two_bits, long_text):
     with pytest.raises(GlqError, match="exists and is not an empty directory"):
         glq.tune(two_bits, two_bits, tiny_model, TuneSettings(ctx=64), text=long_text, device="cpu")
+
+
+def test_tuning_on_what_the_reference_writes(tiny_model, two_bits, long_text, tmp_path):
+    seen = []
+    settings = TuneSettings(steps=24, batch=8, sampled=32, ctx=64, learning_rate=3e-3)
+    result = glq.tune(
+        two_bits, tmp_path / "out", tiny_model, settings, text=long_text, device="cpu", progress=seen.append
+    )
+    assert result.after < result.before
+    assert {p.stage for p in seen} == {"sampling", "tuning"}
+
+
+def test_tuning_in_bf16(tiny_model, two_bits, long_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "_precision", lambda model, device: torch.bfloat16)
+    settings = TuneSettings(steps=24, batch=8, ctx=64, learning_rate=3e-3)
+    result = glq.tune(two_bits, tmp_path / "out", tiny_model, settings, text=long_text, device="cpu")
+    assert result.after < 0.98 * result.before
+
+
+def test_steps_are_relative_to_a_parameters_size():
+    sizes = {"norm.weight": 40.0, "bias": 0.01, "fresh.bias": 0.0, "layer.gain": 0.0}
+    trainable = {name: torch.nn.Parameter(torch.full((8,), size)) for name, size in sizes.items()}
+    optimizer = torch.optim.AdamW(tuning._groups(trainable, 0.1), weight_decay=0.0)
+    sum(p.sum() for p in trainable.values()).backward()
+    optimizer.step()
+    moved = {name: (sizes[name] - p).mean().item() for name, p in trainable.items()}
+    assert moved == pytest.approx({"norm.weight": 4.0, "bias": 0.001, "fresh.bias": 0.1, "layer.gain": 0.1}, rel=1e-4)
