@@ -12,6 +12,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 import glq
-from glq.allocation import allocate
+from glq.allocation import Plan, allocate
 from glq.codecs import DEFAULT_CODECS, get_codec
 from glq.sensitivity import Group, measure
 
@@ -72,7 +73,9 @@ class Bench:
         self._args = args
 
     @cached_property
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> Sequence[Group]:
+        if self._args.measured:
+            return Plan.read(self._args.measured).groups
         return measure(self._args.model, glq.Settings(), calibration=self._args.calibration, device=self._args.device)
 
     def run(self, variant: Variant) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--measured", type=Path, help="a plan of `glq plan`, instead of measuring for mixed rates")
     parser.add_argument("--variants", nargs="*", help="by name; default: all")
     args = parser.parse_args()
     chosen = {v.name: v for v in variants()}
