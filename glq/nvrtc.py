@@ -1,40 +1,57 @@
 """CUDA C++ compiled when it is first needed, by NVRTC: no compiler at the user's side, and once for each GPU kind."""
 
 import hashlib
+import io
 import os
 import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from glq.errors import GlqError
+
+_TICKETS = 8192  # at least
+_KEPT = 64  # sets of them: of streams and captures lately used
 
 
 @dataclass(frozen=True)
 class Source:
-    """A .cu file of the package, and the macros that specialize it."""
+    """CUDA files of the package, one after the other, and the macros that specialize them."""
 
-    file: str  # relative to the package: "codecs/viterbi.cu"
+    files: tuple[str, ...]  # relative to the package: "codecs/viterbi.cu"
     macros: tuple[tuple[str, int], ...]
 
     def compile(self, arch: str) -> bytes:
         """A cubin for `arch` ("sm_90"); needs no GPU. GlqError if cuda-core is not installed."""
+        return self.compile_and_report(arch)[0]
+
+    def compile_and_report(self, arch: str) -> tuple[bytes, str]:
+        """And what the assembler says of registers and memory."""
         try:
             from cuda.core import Program, ProgramOptions
         except ModuleNotFoundError as error:
             raise GlqError(f"CUDA kernels need {error.name}: pip install 'glq[cuda]'") from error
         defines = [f"{name}={value}" for name, value in self.macros]
-        options = ProgramOptions(arch=arch, std="c++17", define_macro=defines, device_as_default_execution_space=True)
-        return bytes(Program(self._text(), code_type="c++", options=options).compile("cubin").code)
+        options = ProgramOptions(
+            arch=arch,
+            std="c++17",
+            define_macro=defines,
+            device_as_default_execution_space=True,
+            ptxas_options=["-v"],
+        )
+        report = io.StringIO()
+        code = Program(self._text(), code_type="c++", options=options).compile("cubin", logs=report).code
+        return bytes(code), report.getvalue()
 
     def cubin(self, arch: str) -> bytes:
         """As `compile`, kept on disk for the next process; concurrent writers are harmless."""
         key = hashlib.sha256(repr((self, arch, self._text())).encode()).hexdigest()[:32]
-        path = _cache_dir() / f"{Path(self.file).stem}-{arch}-{key}.cubin"
+        path = _cache_dir() / f"{Path(self.files[-1]).stem}-{arch}-{key}.cubin"
         try:
             return path.read_bytes()
         except OSError:
@@ -49,7 +66,7 @@ class Source:
         return code
 
     def _text(self) -> str:
-        return files("glq").joinpath(self.file).read_text(encoding="utf-8")
+        return "\n".join(files("glq").joinpath(file).read_text(encoding="utf-8") for file in self.files)
 
 
 def available() -> bool:
@@ -61,35 +78,114 @@ def available() -> bool:
     return True
 
 
-@cache
-def kernel(source: Source, name: str, device: torch.device, shared: int) -> Any:
-    """The kernel `name` (extern "C") of a source, loaded on a CUDA device; `shared` bytes of dynamic shared memory."""
+class Launcher(Protocol):
+    """What runs kernels on one device."""
+
+    arch: int  # compute capability: 90 is 9.0
+    multiprocessors: int
+
+    def launch(
+        self,
+        source: Source,
+        name: str,
+        grid: int | tuple[int, int],
+        block: int,
+        shared: int,
+        *arguments: Tensor | int,
+    ) -> None:
+        """Run the kernel `name` (extern "C") on the current stream; `shared`: bytes of dynamic shared memory a block.
+
+        Tensors go as pointers, integers as int32. From sm_90 on it may start before the kernel ahead of it is done, and
+        waits for that by itself (griddepcontrol).
+        """
+
+    def tickets(self, count: int) -> Tensor:
+        """[≥ count] int32 zeros, by which the blocks of a kernel count who is done; it has to leave zeros behind."""
+
+
+class Gpu:
+    """A CUDA device. One for each: gpu()."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.multiprocessors: int = properties.multi_processor_count
+        self.arch: int = 10 * properties.major + properties.minor
+        self._kernels: dict[tuple[Source, str, int], Any] = {}
+        self._zeros: dict[tuple[int, int], Tensor] = {}  # by stream and capture
+
+    def launch(
+        self,
+        source: Source,
+        name: str,
+        grid: int | tuple[int, int],
+        block: int,
+        shared: int,
+        *arguments: Tensor | int,
+    ) -> None:
+        """As Launcher.launch."""
+        import numpy as np
+        from cuda.core import LaunchConfig, Stream
+        from cuda.core import launch as run
+
+        key = (source, name, shared)
+        if key not in self._kernels:
+            self._kernels[key] = self._load(*key)
+        with torch.cuda.device(self._device):
+            stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+            config = LaunchConfig(
+                grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=self.arch >= 90
+            )
+            values = [a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in arguments]
+            run(stream, config, self._kernels[key], *values)
+
+    def tickets(self, count: int) -> Tensor:
+        """As Launcher.tickets.
+
+        What runs at the same time must not share them: each stream has its own, and each capture of a CUDA graph, too,
+        whose replays begin by clearing them.
+        """
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        key = (stream, _capture_id(stream))
+        found = self._zeros.get(key)
+        if found is None or len(found) < count:
+            if len(self._zeros) >= _KEPT:
+                del self._zeros[next(iter(self._zeros))]
+            found = self._zeros[key] = torch.zeros(max(count, _TICKETS), dtype=torch.int32, device=self._device)
+        return found
+
+    def _load(self, source: Source, name: str, shared: int) -> Any:
+        from cuda.bindings import driver
+        from cuda.core import Device, ObjectCode
+
+        index = self._device.index or 0
+        torch.cuda.current_stream(index)  # torch's context is the one
+        Device(index).set_current()
+        loaded = ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}")).get_kernel(name)
+        if shared > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
+        return loaded
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The one of a CUDA device."""
+    return _gpu(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+
+
+_gpu = cache(Gpu)
+
+
+def _capture_id(stream: int) -> int:
+    """Which capture of a CUDA graph goes on in a stream, by its handle; 0: none."""
     from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
 
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    torch.cuda.current_stream(index)  # torch's context is the one
-    Device(index).set_current()
-    major, minor = torch.cuda.get_device_capability(index)
-    loaded = ObjectCode.from_cubin(source.cubin(f"sm_{major}{minor}")).get_kernel(name)
-    if shared > 48 * 1024:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
-    return loaded
-
-
-def launch(loaded: Any, grid: int, block: int, shared: int, *arguments: torch.Tensor | int) -> None:
-    """Run a kernel on torch's current stream: tensors go as pointers, integers as int32."""
-    import numpy as np
-    from cuda.core import LaunchConfig, Stream
-    from cuda.core import launch as run
-
-    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-    config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else np.int32(a) for a in arguments]
-    run(stream, config, loaded, *values)
+    error, status, number, *_ = driver.cuStreamGetCaptureInfo(stream)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise GlqError(f"CUDA does not tell whether a graph is being captured: {error}")
+    return int(number) if status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else 0
 
 
 def _cache_dir() -> Path:

@@ -70,7 +70,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         y = y.reshape(-1, f) @ h if inner == 1 else h @ y.reshape(-1, f, inner)
         inner *= f
     if m > 1:
-        y = _hartley(m, x.dtype, x.device) @ y.reshape(-1, m, p)
+        y = hartley(m, x.dtype, x.device) @ y.reshape(-1, m, p)
     return y.reshape(x.shape)
 
 
@@ -83,7 +83,7 @@ def _sylvester(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def _hartley(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def hartley(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     i = torch.arange(m, dtype=torch.float64)
     angle = 2 * math.pi / m * (i[:, None] * i).remainder(m)
     return ((angle.cos() + angle.sin()) / math.sqrt(m)).to(device, dtype)

@@ -81,10 +81,10 @@ def state_values(codec: Trellis, device: torch.device) -> Tensor:
     h = state * MULTIPLIER & 0xFFFFFFFF
     entry = (h & 0x7FFF) >> 15 - codec.table_bits
     signs = 1 - 2 * torch.stack([h >> 15 & 1, h >> 31 & 1], 1)
-    return (_tables()[codec.name].float()[entry] * signs).to(device)
+    return (tables()[codec.name].float()[entry] * signs).to(device)
 
 
 @cache
-def _tables() -> dict[str, Tensor]:
+def tables() -> dict[str, Tensor]:
     with as_file(files("glq").joinpath("codecs/trellis.safetensors")) as path:
         return load_file(path)

@@ -40,7 +40,7 @@ class Plan:
     def source(self) -> nvrtc.Source:
         even, odd = self.own
         spread = {"STRIPS": self.strips, "LANES": self.lanes, "GROUPS": self.groups}
-        return nvrtc.Source("codecs/viterbi.cu", tuple({"K0": even, "K1": odd, **spread, "UNROLL": 4}.items()))
+        return nvrtc.Source(("codecs/viterbi.cu",), tuple({"K0": even, "K1": odd, **spread, "UNROLL": 4}.items()))
 
 
 # (lanes, groups) by the most own bits, measured on an H100: for few strips, whose blocks are alone on their
@@ -68,16 +68,16 @@ def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
 
 def _search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     n, steps, _ = x.shape
-    p = plan(own, n, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    gpu = nvrtc.gpu(x.device)
+    p = plan(own, n, gpu.multiprocessors)
     blocks = -(-n // p.strips)
     scaled = (x.clamp(-_FAR, _FAR) * _SCALE).half()
     scaled = pad(scaled, (0, 0, 0, 0, 0, blocks * p.strips - n))
     first, second = _scaled_values(values)
     history = torch.empty(blocks * p.strips, steps, p.nodes, dtype=torch.float16, device=x.device)
     states = torch.empty(blocks * p.strips, steps, dtype=torch.int32, device=x.device)
-    shared = p.shared(steps)
-    loaded = nvrtc.kernel(p.source, "viterbi", x.device, shared)
-    nvrtc.launch(loaded, blocks, p.threads, shared, scaled, first, second, history, states, steps)
+    arguments = (scaled, first, second, history, states, steps)
+    gpu.launch(p.source, "viterbi", blocks, p.threads, p.shared(steps), *arguments)
     return states[:n].long()
 
 

@@ -1,0 +1,131 @@
+"""The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis, tables
+from glq.rotation import hartley, odd_part
+
+_X_STRIDE = 72  # halves that a token takes in a tile of x
+_SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is spread over the GPU."""
+
+    codec: Trellis
+    dtype: torch.dtype  # of x: fp16 or bf16
+    scale: torch.dtype
+    tokens: int
+    wr: int  # row tiles of a unit
+    wk: int  # column tiles of a unit
+    copies: int  # of the table in shared memory
+    block: int  # width of the rotation, in the kernel; 0: x comes rotated
+    blocks: int  # of threads, a multiprocessor
+    early: bool = True  # codes are requested before the kernel ahead is done
+
+    @property
+    def token_tiles(self) -> int:
+        return -(-self.tokens // 8)
+
+    @property
+    def held(self) -> int:
+        """Tokens in a tile of x."""
+        return self.tokens if self.token_tiles == 1 else 8 * self.token_tiles
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.wr * self.wk
+
+    def shared(self, cols: int) -> int:
+        """Bytes of shared memory a block."""
+        warps = self.wr * self.wk
+        scratch = 256 * warps if self.block else 0
+        sums = max(64 * self.tokens * warps, scratch) if self.wk > 1 else scratch
+        x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * _X_STRIDE
+        return 4 * (self.copies << self.codec.table_bits) + 4 * sums + x
+
+    @property
+    def source(self) -> nvrtc.Source:
+        macros = {
+            "CODE_BITS": self.codec.code_bits,
+            "TABLE_BITS": self.codec.table_bits,
+            "COPIES": self.copies,
+            "NT": self.token_tiles,
+            "WR": self.wr,
+            "WK": self.wk,
+            "BF16": int(self.dtype == torch.bfloat16),
+            "SCALE": {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}[self.scale],
+            "BLOCK": self.block,
+            "EARLY": int(self.early),
+        }
+        return nvrtc.Source(("ops/ptx.cuh", "ops/tiles.cuh", "ops/decode.cu"), tuple(macros.items()))
+
+
+def max_tokens(arch: int) -> int:
+    """Of a launch: the assembler for Blackwell runs out of registers beyond 32."""
+    return 64 if arch < 100 else 32
+
+
+def make_plan(
+    codec: Trellis, dtype: torch.dtype, scale: torch.dtype, tokens: int, in_features: int, block: int
+) -> Plan:
+    """One token is rotated in the kernel, where warps divide its blocks; more of them in a launch of their own."""
+    copies = {8: 32, 9: 16, 10: 8, 11: 8}[codec.table_bits]
+    if tokens == 1 and odd_part(block) == 1 and 256 <= block <= 2048:
+        plan = Plan(codec, dtype, scale, 1, 2, 4, copies, block, 2)
+        if plan.shared(in_features) <= _SHARED:
+            return plan
+    return Plan(codec, dtype, scale, tokens, 8, 1, copies, 0, 2 if tokens <= 16 else 1)
+
+
+def matmul(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    signs: Tensor,
+    codec: str,
+    out_features: int,
+    block: int,
+    gpu: nvrtc.Launcher,
+    plan: Plan | None = None,
+) -> Tensor:
+    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16 with 1 to max_tokens(gpu.arch) tokens."""
+    tokens, in_features = x.shape
+    trellis = get_codec(codec)
+    assert isinstance(trellis, Trellis)
+    plan = plan or make_plan(trellis, x.dtype, scale.dtype, tokens, in_features, block)
+    row_tiles, col_tiles, _ = codes.shape
+    groups = -(-row_tiles // plan.wr)
+    grid = min(groups * -(-col_tiles // plan.wk), plan.blocks * gpu.multiprocessors)
+    x = x.contiguous()
+    if not plan.block:
+        x = _rotate(x, signs, block, plan, col_tiles, gpu)
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+    partial = torch.empty(grid * 2 * plan.wr * 64 * tokens, dtype=torch.float32, device=x.device)
+    tensors = (codes, x, signs, _table(trellis, x.device, x.dtype), scale, y, partial, gpu.tickets(groups))
+    sizes = (tokens, out_features, in_features, row_tiles, col_tiles)
+    gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
+    return y
+
+
+def _rotate(x: Tensor, signs: Tensor, block: int, plan: Plan, col_tiles: int, gpu: nvrtc.Launcher) -> Tensor:
+    """[column tiles, tokens, 72]: the rotated x, in tiles of 64 columns."""
+    tokens, in_features = x.shape
+    tiles = torch.empty(col_tiles, plan.held, _X_STRIDE, dtype=x.dtype, device=x.device)
+    odd = odd_part(block)
+    tensors = (x, signs, hartley(odd, torch.float32, x.device), tiles)
+    sizes = (plan.held, in_features, block, odd)
+    gpu.launch(plan.source, "rotate_tiles", (tokens, in_features // block), 256, 8 * block, *tensors, *sizes)
+    return tiles
+
+
+@cache
+def _table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return tables()[codec.name].to(device, dtype).contiguous()

@@ -1,0 +1,67 @@
+"""Kernels in CUDA C++ on a CPU: their sources, compiled by g++ with tests/emulator/cuda.h instead of ops/ptx.cuh."""
+
+import ctypes
+import hashlib
+import re
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+class Emulator:
+    """An nvrtc.Launcher without a GPU."""
+
+    arch = 90
+
+    def __init__(self, multiprocessors: int) -> None:
+        self.multiprocessors = multiprocessors
+        self._tickets = torch.zeros(1024, dtype=torch.int32)
+
+    def tickets(self, count):
+        assert count <= len(self._tickets)
+        assert not self._tickets.any()
+        return self._tickets
+
+    def launch(self, source, name, grid, block, shared, *arguments):
+        assert shared <= 99 * 1024
+        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
+        array = (ctypes.c_longlong * len(values))(*values)
+        getattr(_library(source), f"run_{name}")(columns, rows, block, array)
+
+
+@cache
+def _library(source):
+    texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith("ptx.cuh")]
+    code = "\n".join(texts)
+    code = re.sub(r"extern __shared__ __align__\(128\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic_shared;", code)
+    macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
+    text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
+    folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    library = folder / "kernels.so"
+    if not library.exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "kernels.cpp").write_text(text)
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "new.so", "kernels.cpp"]
+        subprocess.run(command, cwd=folder, check=True)
+        (folder / "new.so").rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def _entries(code: str) -> str:
+    """For each kernel a function that takes the grid and an array of 64-bit arguments."""
+    entries = []
+    for name, parameters in re.findall(r"__global__ void[^\n]*\n(\w+)\((.*?)\) \{", code, re.S):
+        kinds = [parameter.strip().rsplit(" ", 1)[0] for parameter in parameters.split(",")]
+        call = f"{name}({', '.join(f'({kind})a[{i}]' for i, kind in enumerate(kinds))})"
+        entries.append(
+            f'extern "C" void run_{name}(int columns, int rows, int threads, long long* a) '
+            f"{{ run_grid(columns, rows, threads, [a] {{ {call}; }}); }}\n"
+        )
+    return "".join(entries)

@@ -1,0 +1,169 @@
+// A CUDA block on one CPU thread: fibers for threads, which change at barriers and at what a warp does together.
+// Stands for ops/ptx.cuh and for what nvrtc knows by itself. Blocks run one after the other.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __align__(n)
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __CUDA_ARCH__ 900
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct Index { int x, y; };
+using std::max;
+using std::min;
+
+static Index threadIdx, blockIdx, gridDim, blockDim;
+alignas(128) static u8 dynamic_shared[1 << 18];
+
+enum State { READY, AT_BARRIER, IN_WARP, DONE };
+struct Fiber { ucontext_t context; std::vector<char> stack; State state; };
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static u32 exchange[32][32][8];  // [warp][lane]: what lanes show each other
+static std::function<void()> body;
+
+static void pause_as(State state) {
+  fibers[current].state = state;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+static void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s in block %d, %d\n", what, blockIdx.x, blockIdx.y);
+  std::abort();
+}
+static void __syncthreads() { pause_as(AT_BARRIER); }
+static void sync_warp() { pause_as(IN_WARP); }
+static void __threadfence() {}
+
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
+static float __ldcg(const float* p) { return *p; }
+static int __popc(u32 v) { return __builtin_popcount(v); }
+static float rsqrtf(float v) { return 1 / std::sqrt(v); }
+static u32 __funnelshift_r(u32 lo, u32 hi, int s) { return (u32)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
+static float __uint_as_float(u32 u) { float f; std::memcpy(&f, &u, 4); return f; }
+static u32 as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
+static u32 __shfl_sync(u32, u32 v, int from) {
+  auto& shown = exchange[current / 32];
+  shown[current % 32][0] = v;
+  sync_warp();
+  const u32 r = shown[from][0];
+  sync_warp();
+  return r;
+}
+static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(__shfl_sync(mask, as_uint(v), current % 32 ^ m)); }
+
+// ---- ops/ptx.cuh ----
+
+static u32 prmt(u32 a, u32 b, u32 s) {
+  u32 r = 0;
+  for (int i = 0; i < 4; ++i) r |= (u32)(((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
+static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
+static u32 load_shared(u32 at) {
+  if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
+  return *(u32*)(dynamic_shared + at);
+}
+static void load4(u32* r, const u8* p) { std::memcpy(r, p, 4); }
+static void load8(u32* r, const u8* p) { std::memcpy(r, p, 8); }
+static void load16(u32* r, const u8* p) { std::memcpy(r, p, 16); }
+static void copy16_async(void* to, const void* from) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail("copy of 16 bytes out of place");
+  std::memcpy(to, from, 16);
+}
+static void commit_async() {}
+static void wait_async() {}
+static void let_next_start() {}
+static void wait_for_previous() {}
+static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
+static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
+static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
+static u16 to_bf16(float v) { const u32 u = as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
+#if BF16
+static float from16(u16 v) { return from_bf16(v); }
+static u16 to16(float v) { return to_bf16(v); }
+#else
+static float from16(u16 v) { return from_half(v); }
+static u16 to16(float v) { return to_half(v); }
+#endif
+static void mma(float* c, const u32* a, u32 b0, u32 b1) {
+  const int lane = current % 32;
+  auto& shown = exchange[current / 32];
+  const u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::copy(mine, mine + 6, shown[lane]);
+  sync_warp();
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, col = 2 * (lane % 4) + e % 2;
+    for (int k = 0; k < 16; ++k) {  // fragments as the PTX manual draws them for m16n8k16
+      const u32 av = shown[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)] >> 16 * (k % 2);
+      const u32 bv = shown[col * 4 + k % 8 / 2][4 + k / 8] >> 16 * (k % 2);
+      c[e] += from16((u16)av) * from16((u16)bv);
+    }
+  }
+  sync_warp();
+}
+
+// ---- the scheduler ----
+
+static void run_fiber() {
+  body();
+  fibers[current].state = DONE;
+}
+// Let every thread go as far as it gets; then release the warps that are complete, or the block.
+static void run_block(int threads) {
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    f.stack.resize(1 << 16);
+    f.state = READY;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = &scheduler;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  for (;;) {
+    for (current = 0; current < threads; ++current)
+      if (fibers[current].state == READY) {
+        threadIdx = {current, 0};
+        swapcontext(&scheduler, &fibers[current].context);
+      }
+    auto count = [&](int from, int to, State s) {
+      return std::count_if(fibers.begin() + from, fibers.begin() + to, [s](const Fiber& f) { return f.state == s; });
+    };
+    auto release = [&](int from, int to) { for (int i = from; i < to; ++i) fibers[i].state = READY; };
+    bool moved = false;
+    for (int w = 0; w < threads; w += 32)
+      if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
+    if (count(0, threads, DONE) == threads) return;
+    if (!moved && count(0, threads, AT_BARRIER) == threads) release(0, threads), moved = true;
+    if (!moved) fail("threads wait for others that never come");
+  }
+}
+static void run_grid(int columns, int rows, int threads, std::function<void()> kernel) {
+  gridDim = {columns, rows};
+  blockDim = {threads, 1};
+  fibers.resize(threads);
+  body = kernel;
+  for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < columns; ++blockIdx.x) {
+      std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN
+      run_block(threads);
+    }
+}

@@ -1,0 +1,112 @@
+"""The CUDA kernels: on a CPU that plays the GPU; as cubins for every architecture; and on a GPU where there is one."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from emulator import Emulator
+
+from glq import nvrtc
+from glq.codecs import CODECS
+from glq.codecs.trellis import Trellis
+from glq.ops.cuda_matmul import Plan, make_plan, matmul, max_tokens
+from glq.ops.matmul import matmul_reference
+from glq.packed import decode_matrix, packed_shapes, unpack_signs
+from glq.rotation import rotate
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
+TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
+emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+
+
+def problem(name, tokens, out_features, in_features, dtype, scale=torch.float16, device="cpu"):
+    shape = packed_shapes(name, out_features, in_features)["codes"]
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    signs = torch.randint(0, 256, (-(-in_features // 8),), dtype=torch.uint8, device=device)
+    scales = (torch.rand(out_features, device=device) + 0.5).to(scale)
+    return torch.randn(tokens, in_features, device=device).to(dtype), codes, scales, signs
+
+
+def error(y, x, codes, scale, signs, codec, out_features, block):
+    """Relative to the exact product, in units of what the same-dtype PyTorch product has."""
+    in_features = x.shape[1]
+    rotated = rotate(x.double(), unpack_signs(signs, in_features), block)
+    exact = rotated @ decode_matrix(codes, codec, out_features, in_features).double().T * scale.double()
+    plain = matmul_reference(x, codes, scale, signs, codec, out_features, block)
+    return ((y.double() - exact).norm() / (plain.double() - exact).norm()).item()
+
+
+def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float16, plan=None, scale=torch.float16):
+    x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype, scale)
+    given = (x, codes, scales, signs, name, out_features, block)
+    y = matmul(*given, gpu, plan)
+    assert y.shape == (tokens, out_features)
+    assert y.dtype == dtype
+    assert error(y, *given) < 2
+    assert torch.equal(y, matmul(*given, gpu, plan))
+
+
+@emulated
+@pytest.mark.parametrize("name", TRELLISES)
+def test_every_codec(name):
+    check(name, 1, 130, 512, 512, Emulator(1))
+    check(name, 3, 130, 200, 200, Emulator(2))
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype(dtype, scale):
+    check("trellis-3", 1, 70, 256, 256, Emulator(1), dtype, scale=scale)
+    check("trellis-2.25", 2, 70, 96, 96, Emulator(1), dtype, scale=scale)
+
+
+@emulated
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 33, 64])
+def test_every_number_of_tokens(tokens):
+    check("trellis-3", tokens, 600, 150, 75, Emulator(2), torch.bfloat16)
+
+
+@emulated
+@pytest.mark.parametrize(("wr", "wk"), [(1, 4), (2, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize("multiprocessors", [1, 3, 5])
+def test_every_division_of_the_work(wr, wk, multiprocessors):
+    plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, wr, wk, 8, 512, 1)
+    check("trellis-4", 1, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
+    plan = replace(plan, tokens=5, block=0, early=False)
+    check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
+
+
+def plans(arch):
+    for codec in TRELLISES.values():
+        for tokens in (1, 8, 16, max_tokens(arch)):
+            yield make_plan(codec, torch.float16, torch.float16, tokens, 14336, 2048)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cubins_stay_within_the_limits_of_every_architecture(arch):
+    for plan in plans(int(arch[3:])):
+        if arch != "sm_90" and plan.codec.name not in ("trellis-2.25", "trellis-4"):
+            continue
+        assert plan.shared(14336) <= 99 * 1024
+        code, report = plan.source.compile_and_report(arch)
+        assert code[:4] == b"\x7fELF"
+        spills = re.findall(r"(\d+) bytes spill", report)
+        assert spills
+        assert set(spills) == {"0"}, (plan, report)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu(name, dtype):
+    gpu = nvrtc.gpu(torch.device("cuda"))
+    for tokens in (1, 2, 7, 8, 16, 33, 64):
+        for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
+            x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype, device="cuda")
+            given = (x, codes, scales, signs, name, out_features, block)
+            y = matmul(*given, gpu)
+            assert error(y, *given) < 2
+            assert torch.equal(y, matmul(*given, gpu))
