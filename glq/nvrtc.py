@@ -25,6 +25,7 @@ class Source:
 
     files: tuple[str, ...]  # relative to the package: "codecs/viterbi.cu"
     macros: tuple[tuple[str, int], ...]
+    of_one_arch: bool = False  # instructions that no other architecture has: sm_90a instead of sm_90
 
     def compile(self, arch: str) -> bytes:
         """A cubin for `arch` ("sm_90"); needs no GPU. GlqError if cuda-core is not installed."""
@@ -161,7 +162,7 @@ class Gpu:
         index = self._device.index or 0
         torch.cuda.current_stream(index)  # torch's context is the one
         Device(index).set_current()
-        loaded = ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}")).get_kernel(name)
+        loaded = ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}{'a' * source.of_one_arch}")).get_kernel(name)
         if shared > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)

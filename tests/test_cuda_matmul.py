@@ -11,7 +11,8 @@ from emulator import Emulator
 from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_matmul import Plan, make_plan, matmul, max_tokens
+from glq.ops import cuda_prefill
+from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.matmul import matmul_reference
 from glq.packed import decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -77,6 +78,30 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
     check("trellis-4", 1, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
     plan = replace(plan, tokens=5, block=0, early=False)
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
+
+
+@emulated
+@pytest.mark.parametrize("name", ["trellis-1.75", "trellis-3", "trellis-4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "at_once"), [(1, 64), (70, 64), (130, 128)])
+def test_prefill(name, dtype, tokens, at_once):
+    out_features, in_features, block = 330, 328, 41
+    x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype)
+    plan = cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, at_once, 8, 3)
+    given = (x, codes, scales, signs, name, out_features, block)
+    y = cuda_prefill.matmul(*given, Emulator(2), plan)
+    assert error(y, *given) < 2
+
+
+@pytest.mark.parametrize("name", TRELLISES)
+def test_prefill_keeps_its_pipeline(name):
+    """ptxas says so where it does not."""
+    for tokens in (64, 4096):
+        plan = cuda_prefill.make_plan(TRELLISES[name], torch.float16, torch.float16, tokens, 4096, 132)
+        assert plan.shared <= 227 * 1024
+        _, report = plan.source.compile_and_report("sm_90a")
+        assert "serialized" not in report
+        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
 
 
 def plans(arch):

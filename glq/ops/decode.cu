@@ -3,22 +3,11 @@
 // A unit is WR × WK tiles, one a warp: WR row tiles side by side, WK column tiles. Units in row-major order are cut into
 // as many equal runs as there are blocks. A block sums a run in registers; what the WK warps of a row have is added up in
 // shared memory, what the blocks of a row have in global memory, by the last block to arrive, always in the same order.
-// Macros, besides those of tiles.cuh: SCALE (of rows: 16 or 32 bits of IEEE, 0: bf16), WR, WK, BLOCK (width of the rotation, for
+// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for
 // one token; 0: x comes rotated, in tiles), EARLY (codes are requested before the kernel ahead is done).
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS;
 
 static constexpr int X_STRIDE = 72;  // halves a token takes in a tile of x: 64, and 8 that keep banks apart
-
-// A row's scale.
-__device__ __forceinline__ float load_scale(const void* p, int i) {
-#if SCALE == 32
-  return ((const float*)p)[i];
-#elif SCALE == 16
-  return from_half(((const u16*)p)[i]);
-#else
-  return from_bf16(((const u16*)p)[i]);
-#endif
-}
 
 // ---- x ----
 
@@ -81,6 +70,26 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
 }
 
 // ---- the product ----
+
+// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves.
+__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, int token_stride, u32 table) {
+  #pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    u32 ends[2];
+    ends_of(ends, r, s);
+    uint2 b[NT];
+    #pragma unroll
+    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * token_stride + 4 * s);
+    #pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      u32 a[4];
+      #pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), table);
+      #pragma unroll
+      for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
+    }
+  }
+}
 
 struct Work {  // which units a block has
   int grid, units, per_row;
@@ -218,46 +227,4 @@ decode(const u8* codes, const u16* x, const u8* signs, const u16* table, const v
       finish(i / tokens, i % tokens, sum);
     }
   }
-}
-
-// x [tokens, cols] → rotated, in tiles [column tiles][held][72] as decode takes them; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
-// One block of threads a token and block of columns; 2 · width floats of shared memory.
-extern "C" __global__ void __launch_bounds__(256)
-rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int held, int cols, int width, int odd) {
-  extern __shared__ __align__(128) float values[];
-  let_next_start();
-  const int token = blockIdx.x, start = blockIdx.y * width, pow = width / odd, tiles = (cols + 63) / 64;
-  float* from = values, * to = values + width;
-  wait_for_previous();
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    const int col = start + i;
-    const float f = from16(x[(size_t)token * cols + col]);
-    from[i] = signs[col / 8] >> (col % 8) & 1 ? -f : f;
-  }
-  __syncthreads();
-  for (int h = 1; h < pow; h *= 2) {  // pairs of one step are a thread's own
-    for (int i = threadIdx.x; i < width / 2; i += blockDim.x) {
-      const int lo = i / h * 2 * h + i % h;
-      const float a = from[lo], b = from[lo + h];
-      from[lo] = a + b;
-      from[lo + h] = a - b;
-    }
-    __syncthreads();
-  }
-  if (odd > 1) {
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-      float sum = 0;
-      for (int a = 0; a < odd; ++a) sum += hartley[i / pow * odd + a] * from[a * pow + i % pow];
-      to[i] = sum;
-    }
-    __syncthreads();
-    from = to;
-  }
-  const float norm = rsqrtf((float)pow);
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    const int col = start + i;
-    out[((size_t)(col / 64) * held + token) * X_STRIDE + col % 64] = to16(from[i] * norm);
-  }
-  if (start + width == cols)  // columns that fill up the last tile
-    for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + col % 64] = 0;
 }

@@ -1,5 +1,6 @@
-// How a warp decodes a tile of a trellis code straight into mma fragments, and multiplies it.
-// Macros, besides those of ptx.cuh: CODE_BITS, TABLE_BITS, COPIES of the table in shared memory, NT (8 tokens each).
+// How a warp decodes a tile of a trellis code straight into mma fragments.
+// Macros, besides those of ptx.cuh: CODE_BITS, TABLE_BITS, COPIES of the table in shared memory, SCALE (of rows: 16 or 32 bits
+// of IEEE, 0: bf16).
 
 static constexpr int REGS = CODE_BITS / 4;  // of a lane's codes in a tile
 static constexpr int TILE_BYTES = 32 * CODE_BITS;
@@ -33,34 +34,30 @@ __device__ __forceinline__ u32 value(u32 state2, u32 table) {
   const u32 at = LOW == STRIDE ? (h & MASK) | table : LOW < STRIDE ? (h & MASK) * (STRIDE / LOW) + table : ((h & MASK) / (LOW / STRIDE)) + table;
   return load_shared(at) ^ (h & 0x80008000u);
 }
-// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves.
-__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, int token_stride, u32 table) {
+// Of words 2s and 2s + 1: the last 16 bits, and the first 16 of the word after it in the strip, which another lane has.
+__device__ __forceinline__ void ends_of(u32* ends, const u32* r, int s) {
   #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    u32 ends[2];  // of words 2s and 2s + 1: the last 16 bits, and the first 16 of the word after it in the strip
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int begin = CODE_BITS * (2 * s + i);
-      const u32 next = __shfl_sync(~0u, bits16(r, begin), (threadIdx.x + 4) & 31);
-      ends[i] = prmt(bits16(r, begin + CODE_BITS - 16), next, 0x5410);
-    }
-    uint2 b[NT];
-    #pragma unroll
-    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * token_stride + 4 * s);
-    #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      u32 a[4];
-      #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int j = 2 * s + e / 2, at = CODE_BITS * (2 * m + e % 2) / 8, over = at - (CODE_BITS - 16);
-        u32 state2;
-        if (over <= 0) state2 = twice(r, CODE_BITS * j + at);
-        else if (over == 8) state2 = prmt(ends[e / 2], ends[e / 2], 0x2121);
-        else { const u32 w = ends[e / 2] >> over; state2 = prmt(w, w, 0x1010); }
-        a[e] = value(state2, table);
-      }
-      #pragma unroll
-      for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
-    }
+  for (int i = 0; i < 2; ++i) {
+    const int begin = CODE_BITS * (2 * s + i);
+    const u32 next = __shfl_sync(~0u, bits16(r, begin), (threadIdx.x + 4) & 31);
+    ends[i] = prmt(bits16(r, begin + CODE_BITS - 16), next, 0x5410);
   }
+}
+// The state of register e of the fragment of rows 16m … 16m + 15 in step s, twice.
+__device__ __forceinline__ u32 state_of(const u32* r, const u32* ends, int s, int m, int e) {
+  const int at = CODE_BITS * (2 * m + e % 2) / 8, over = at - (CODE_BITS - 16);
+  if (over <= 0) return twice(r, CODE_BITS * (2 * s + e / 2) + at);
+  if (over == 8) return prmt(ends[e / 2], ends[e / 2], 0x2121);
+  const u32 w = ends[e / 2] >> over;
+  return prmt(w, w, 0x1010);
+}
+// A row's scale.
+__device__ __forceinline__ float load_scale(const void* p, int i) {
+#if SCALE == 32
+  return ((const float*)p)[i];
+#elif SCALE == 16
+  return from_half(((const u16*)p)[i]);
+#else
+  return from_bf16(((const u16*)p)[i]);
+#endif
 }

@@ -29,7 +29,7 @@ class Emulator:
         return self._tickets
 
     def launch(self, source, name, grid, block, shared, *arguments):
-        assert shared <= 99 * 1024
+        assert shared <= 2**18
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
@@ -38,9 +38,9 @@ class Emulator:
 
 @cache
 def _library(source):
-    texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith("ptx.cuh")]
+    texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
     code = "\n".join(texts)
-    code = re.sub(r"extern __shared__ __align__\(128\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic_shared;", code)
+    code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic_shared;", code)
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
     text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

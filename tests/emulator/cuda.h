@@ -29,7 +29,7 @@ using std::max;
 using std::min;
 
 static Index threadIdx, blockIdx, gridDim, blockDim;
-alignas(128) static u8 dynamic_shared[1 << 18];
+alignas(1024) static u8 dynamic_shared[1 << 18];
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
 struct Fiber { ucontext_t context; std::vector<char> stack; State state; };
@@ -120,6 +120,50 @@ static void mma(float* c, const u32* a, u32 b0, u32 b1) {
   sync_warp();
 }
 
+// ---- ops/wgmma.cuh ----
+
+typedef unsigned long long u64;
+struct Barrier { u16 arrivals, missing, phase, unused; };
+static void init_barrier(u64* b, int arrivals) { *(Barrier*)b = {(u16)arrivals, (u16)arrivals, 0, 0}; }
+static void publish_barriers() {}
+static void arrive(u64* at) {
+  Barrier& b = *(Barrier*)at;
+  if (--b.missing == 0) b.missing = b.arrivals, ++b.phase;
+}
+static void await(u64* b, u32 parity) {
+  while ((((volatile Barrier*)b)->phase & 1) == parity) pause_as(READY);
+}
+static void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("bulk copy out of place");
+  std::memcpy(to, from, bytes);
+  arrive(barrier);
+}
+static u64 describe(u32 at, int k) {
+  if (at % 1024) fail("operand that is not aligned to 1,024 bytes");
+  return (u64)at << 32 | (u32)k;
+}
+static void begin_products() {}
+static void commit_products() {}
+template <int PENDING> static void await_products() {}
+#ifdef TOKENS
+static void multiply(float* d, const u32* a, u64 b) {
+  const int lane = current % 32;
+  auto& shown = exchange[current / 32];
+  std::copy(a, a + 4, shown[lane]);
+  sync_warp();
+  for (int i = 0; i < TOKENS / 2; ++i) {
+    const int row = lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 av = shown[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)] >> 16 * (k % 2);
+      const u32 at = col * 128 + ((u32)b + k) * 2;
+      const u16 bv = *(u16*)(dynamic_shared + (b >> 32) + (at ^ (at >> 7 & 7) << 4));
+      d[i] += from16((u16)av) * from16(bv);
+    }
+  }
+  sync_warp();
+}
+#endif
+
 // ---- the scheduler ----
 
 static void run_fiber() {
@@ -148,7 +192,7 @@ static void run_block(int threads) {
       return std::count_if(fibers.begin() + from, fibers.begin() + to, [s](const Fiber& f) { return f.state == s; });
     };
     auto release = [&](int from, int to) { for (int i = from; i < to; ++i) fibers[i].state = READY; };
-    bool moved = false;
+    bool moved = count(0, threads, READY) > 0;  // they wait for a barrier in memory
     for (int w = 0; w < threads; w += 32)
       if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
     if (count(0, threads, DONE) == threads) return;

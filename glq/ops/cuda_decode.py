@@ -1,17 +1,17 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from glq import nvrtc
 from glq.codecs import get_codec
-from glq.codecs.trellis import Trellis, tables
-from glq.rotation import hartley, odd_part
+from glq.codecs.trellis import Trellis
+from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_table import SCALES, device_table
+from glq.rotation import odd_part
 
-_X_STRIDE = 72  # halves that a token takes in a tile of x
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
 
 
@@ -48,7 +48,7 @@ class Plan:
         warps = self.wr * self.wk
         scratch = 256 * warps if self.block else 0
         sums = max(64 * self.tokens * warps, scratch) if self.wk > 1 else scratch
-        x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * _X_STRIDE
+        x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
         return 4 * (self.copies << self.codec.table_bits) + 4 * sums + x
 
     @property
@@ -61,7 +61,7 @@ class Plan:
             "WR": self.wr,
             "WK": self.wk,
             "BF16": int(self.dtype == torch.bfloat16),
-            "SCALE": {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}[self.scale],
+            "SCALE": SCALES[self.scale],
             "BLOCK": self.block,
             "EARLY": int(self.early),
         }
@@ -106,26 +106,10 @@ def matmul(
     grid = min(groups * -(-col_tiles // plan.wk), plan.blocks * gpu.multiprocessors)
     x = x.contiguous()
     if not plan.block:
-        x = _rotate(x, signs, block, plan, col_tiles, gpu)
+        x = rotate_tiles(x, signs, block, plan.held, False, gpu)
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid * 2 * plan.wr * 64 * tokens, dtype=torch.float32, device=x.device)
-    tensors = (codes, x, signs, _table(trellis, x.device, x.dtype), scale, y, partial, gpu.tickets(groups))
+    tensors = (codes, x, signs, device_table(trellis, x.device, x.dtype), scale, y, partial, gpu.tickets(groups))
     sizes = (tokens, out_features, in_features, row_tiles, col_tiles)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y
-
-
-def _rotate(x: Tensor, signs: Tensor, block: int, plan: Plan, col_tiles: int, gpu: nvrtc.Launcher) -> Tensor:
-    """[column tiles, tokens, 72]: the rotated x, in tiles of 64 columns."""
-    tokens, in_features = x.shape
-    tiles = torch.empty(col_tiles, plan.held, _X_STRIDE, dtype=x.dtype, device=x.device)
-    odd = odd_part(block)
-    tensors = (x, signs, hartley(odd, torch.float32, x.device), tiles)
-    sizes = (plan.held, in_features, block, odd)
-    gpu.launch(plan.source, "rotate_tiles", (tokens, in_features // block), 256, 8 * block, *tensors, *sizes)
-    return tiles
-
-
-@cache
-def _table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return tables()[codec.name].to(device, dtype).contiguous()

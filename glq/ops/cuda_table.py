@@ -1,0 +1,16 @@
+"""What CUDA kernels need of a trellis codec."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from glq.codecs.trellis import Trellis, tables
+
+SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
+
+
+@cache
+def device_table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[2^table_bits, 2] in `dtype`."""
+    return tables()[codec.name].to(device, dtype).contiguous()

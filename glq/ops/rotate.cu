@@ -1,0 +1,57 @@
+// The rotation of x, in a launch of its own, and the order in which the kernels want it.
+// Macros, besides those of ptx.cuh: FOR_WGMMA: rows of 64 columns, ordered as the fragments and swizzled, for prefill.cu;
+// else rows of 72, for decode.cu, of which the last 8 keep banks apart.
+
+static constexpr int X_STRIDE = FOR_WGMMA ? 64 : 72;
+
+// Where a column of a tile lies in the row of a token.
+__device__ __forceinline__ int place(int col, int token) {
+#if FOR_WGMMA
+  const int at = col / 4 % 4 * 16 + col / 2 % 2 * 8 + col / 16 * 2 + col % 2;
+  return at ^ token % 8 * 8;
+#else
+  return col;
+#endif
+}
+
+// x [tokens, cols] → rotated, in tiles of 64 columns [column tiles][held][X_STRIDE]; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
+// One block of threads a token and block of columns; 2 · width floats of shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int held, int cols, int width, int odd) {
+  extern __shared__ __align__(128) float values[];
+  let_next_start();
+  const int token = blockIdx.x, start = blockIdx.y * width, pow = width / odd, tiles = (cols + 63) / 64;
+  float* from = values, * to = values + width;
+  wait_for_previous();
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    const int col = start + i;
+    const float f = from16(x[(size_t)token * cols + col]);
+    from[i] = signs[col / 8] >> (col % 8) & 1 ? -f : f;
+  }
+  __syncthreads();
+  for (int h = 1; h < pow; h *= 2) {  // pairs of one step are a thread's own
+    for (int i = threadIdx.x; i < width / 2; i += blockDim.x) {
+      const int lo = i / h * 2 * h + i % h;
+      const float a = from[lo], b = from[lo + h];
+      from[lo] = a + b;
+      from[lo + h] = a - b;
+    }
+    __syncthreads();
+  }
+  if (odd > 1) {
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+      float sum = 0;
+      for (int a = 0; a < odd; ++a) sum += hartley[i / pow * odd + a] * from[a * pow + i % pow];
+      to[i] = sum;
+    }
+    __syncthreads();
+    from = to;
+  }
+  const float norm = rsqrtf((float)pow);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    const int col = start + i;
+    out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = to16(from[i] * norm);
+  }
+  if (start + width == cols)  // columns that fill up the last tile
+    for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = 0;
+}
