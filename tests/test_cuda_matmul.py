@@ -13,6 +13,7 @@ from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.ops import cuda_prefill
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
+from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
 from glq.packed import decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -102,6 +103,23 @@ def test_prefill_keeps_its_pipeline(name):
         _, report = plan.source.compile_and_report("sm_90a")
         assert "serialized" not in report
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+
+
+@emulated
+@pytest.mark.parametrize("block", [256, 512, 2048, 96, 75])
+@pytest.mark.parametrize("for_wgmma", [False, True])
+def test_rotation(block, for_wgmma):
+    x = torch.randn(11, 2 * block).bfloat16()
+    signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
+    tiles = rotate_tiles(x, signs, block, 16, for_wgmma, Emulator(1))[:, :11].float()
+    if for_wgmma:  # [tile, token, chunk of 8, 8] → the columns' order
+        chunk = torch.arange(8)[None] ^ torch.arange(11)[:, None] % 8
+        fragments = tiles.unflatten(2, (8, 8)).gather(2, chunk[None, :, :, None].expand(len(tiles), -1, -1, 8))
+        tiles = fragments.reshape(-1, 11, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).flatten(2)
+    found = tiles[..., :64].transpose(0, 1).flatten(1)
+    expected = rotate(x.float(), unpack_signs(signs, 2 * block), block)
+    torch.testing.assert_close(found[:, : 2 * block], expected, rtol=0.01, atol=0.01)
+    assert not found[:, 2 * block :].any()
 
 
 def plans(arch):

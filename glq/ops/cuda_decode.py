@@ -8,9 +8,8 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_rotate import by_warps, rotate_tiles
 from glq.ops.cuda_table import SCALES, device_table
-from glq.rotation import odd_part
 
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
 
@@ -65,7 +64,9 @@ class Plan:
             "BLOCK": self.block,
             "EARLY": int(self.early),
         }
-        return nvrtc.Source(("ops/ptx.cuh", "ops/tiles.cuh", "ops/decode.cu"), tuple(macros.items()))
+        return nvrtc.Source(
+            ("ops/ptx.cuh", "ops/hadamard.cuh", "ops/tiles.cuh", "ops/decode.cu"), tuple(macros.items())
+        )
 
 
 def max_tokens(arch: int) -> int:
@@ -78,7 +79,7 @@ def make_plan(
 ) -> Plan:
     """One token is rotated in the kernel, where warps divide its blocks; more of them in a launch of their own."""
     copies = {8: 32, 9: 16, 10: 8, 11: 8}[codec.table_bits]
-    if tokens == 1 and odd_part(block) == 1 and 256 <= block <= 2048:
+    if tokens == 1 and by_warps(block):
         plan = Plan(codec, dtype, scale, 1, 2, 4, copies, block, 2)
         if plan.shared(in_features) <= _SHARED:
             return plan

@@ -11,53 +11,26 @@ static constexpr int X_STRIDE = 72;  // halves a token takes in a tile of x: 64,
 
 // ---- x ----
 
-// A warp transforms 256 columns, lane l those from 8l on, not yet normalized.
-__device__ __forceinline__ void hadamard256(float* v, int lane) {
-  #pragma unroll
-  for (int h = 1; h < 8; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) if (!(i & h)) { const float a = v[i], b = v[i | h]; v[i] = a + b; v[i | h] = a - b; }
-  #pragma unroll
-  for (int h = 1; h < 32; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) { const float o = __shfl_xor_sync(~0u, v[i], h); v[i] = lane & h ? o - v[i] : o + v[i]; }
-}
 #if BLOCK
-// One token into shared memory, in the order of its columns; blocks of BLOCK = 256 · CHUNKS columns. scratch: 256 floats a warp.
+// One token into shared memory, in the order of its columns; of its chunks of 256 columns those from first to end, which are
+// whole blocks of the rotation. scratch: 256 floats a warp.
 __device__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int first, int end) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float norm = rsqrtf((float)BLOCK);
   for (int start = first; start < end; start += AT_ONCE) {
-    const int chunk = start + warp, col = chunk * 256 + 8 * lane;
-    const bool mine = warp < AT_ONCE && chunk < end;
+    const int col = (start + warp) * 256 + 8 * lane;
+    const bool mine = warp < AT_ONCE && start + warp < end;
+    float v[8];
     if (mine) {
-      float v[8];
-      const uint4 raw = *(const uint4*)(x + col);
-      const u32 sign = signs[col / 8], w[4] = {raw.x, raw.y, raw.z, raw.w};
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float f = from16((u16)(w[i / 2] >> 16 * (i % 2)));
-        v[i] = sign >> i & 1 ? -f : f;
-      }
+      load_signed(v, x, signs, col);
       hadamard256(v, lane);
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) scratch[warp * 256 + 32 * i + lane] = v[i];
+      leave(v, scratch + 256 * warp, lane);
     }
     __syncthreads();
     if (mine) {
-      const int base = warp / CHUNKS * CHUNKS, me = warp % CHUNKS;
-      u32 out[4];
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float sum = 0;
-        #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c) { const float o = scratch[(base + c) * 256 + 32 * i + lane]; sum += __popc(c & me) & 1 ? -o : o; }
-        const u32 h = to16(sum * norm);
-        out[i / 2] = i % 2 ? out[i / 2] | h << 16 : h;
-      }
-      *(uint4*)(xs + col) = make_uint4(out[0], out[1], out[2], out[3]);
+      gather(v, scratch + 256 * (warp / CHUNKS * CHUNKS), CHUNKS, warp % CHUNKS, lane);
+      *(uint4*)(xs + col) = pack8(v, rsqrtf((float)BLOCK));
     }
     __syncthreads();
   }

@@ -55,3 +55,30 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
   if (start + width == cols)  // columns that fill up the last tile
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = 0;
 }
+
+// The same where width is 256, 512, 1,024 or 2,048: one warp for 256 columns.
+extern "C" __global__ void __launch_bounds__(256)
+rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols, int width) {
+  extern __shared__ __align__(128) float values[];
+  let_next_start();
+  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = width / 256;
+  const int col = blockIdx.y * width + 256 * warp + 8 * lane;
+  float v[8];
+  wait_for_previous();
+  load_signed(v, x + (size_t)token * cols, signs, col);
+  hadamard256(v, lane);
+  if (chunks > 1) {
+    leave(v, values + 256 * warp, lane);
+    __syncthreads();
+    gather(v, values, chunks, warp, lane);
+  }
+  const uint4 packed = pack8(v, rsqrtf((float)width));
+  u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
+#if FOR_WGMMA
+  const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) *(u32*)(row + place(col % 64 + 2 * i, token)) = pairs[i];
+#else
+  *(uint4*)(row + col % 64) = packed;
+#endif
+}
