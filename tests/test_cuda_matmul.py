@@ -11,7 +11,8 @@ from emulator import Emulator
 from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
-from glq.ops import cuda_prefill
+from glq.errors import GlqError
+from glq.ops import cuda_decode, cuda_prefill
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
@@ -120,6 +121,14 @@ def test_rotation(block, for_wgmma):
     expected = rotate(x.float(), unpack_signs(signs, 2 * block), block)
     torch.testing.assert_close(found[:, : 2 * block], expected, rtol=0.01, atol=0.01)
     assert not found[:, 2 * block :].any()
+
+
+@emulated
+def test_the_first_use_checks_the_kernel(monkeypatch):
+    cuda_decode.try_out(Emulator(1), torch.device("cpu"))
+    monkeypatch.setattr(cuda_decode, "device_table", lambda *_: torch.zeros(256, 2).half())
+    with pytest.raises(GlqError, match="computes something else"):
+        cuda_decode.try_out(Emulator(1), torch.device("cpu"))
 
 
 def plans(arch):

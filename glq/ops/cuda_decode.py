@@ -8,8 +8,11 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
+from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
 from glq.ops.cuda_table import SCALES, device_table
+from glq.packed import decode_matrix, unpack_signs
+from glq.rotation import rotate
 
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
 
@@ -114,3 +117,16 @@ def matmul(
     sizes = (tokens, out_features, in_features, row_tiles, col_tiles)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y
+
+
+def try_out(gpu: nvrtc.Launcher, device: torch.device) -> None:
+    """Compile, run and check a small product. GlqError if it is wrong; what CUDA raises if there is none."""
+    name, size = "trellis-2", 64
+    codes = torch.arange(256, dtype=torch.uint8).repeat(4).view(1, 1, -1)
+    signs, scale = torch.full((size // 8,), 0x5A, dtype=torch.uint8), torch.linspace(0.5, 2, size).half()
+    x = torch.linspace(-1, 1, size).half()[None]
+    weight = decode_matrix(codes, name, size, size) * scale.float()[:, None]
+    expected = rotate(x.float(), unpack_signs(signs, size), size) @ weight.T
+    y = matmul(x.to(device), codes.to(device), scale.to(device), signs.to(device), name, size, size, gpu)
+    if not torch.allclose(y.float().cpu(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
+        raise GlqError("the CUDA kernel computes something else than PyTorch on this GPU")

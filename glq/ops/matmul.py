@@ -1,16 +1,37 @@
 """y = x · Wᵀ for a packed W: one op above every implementation."""
 
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
+from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
+from glq.ops import cuda_decode, cuda_prefill
 from glq.packed import decode_matrix, unpack_signs
 from glq.rotation import rotate
+
+_FEW = 64  # tokens up to which Hopper's mma.sync is at least as fast as its wgmma (docs/benchmarks.md)
 
 
 @torch.library.custom_op("glq::matmul", mutates_args=())
 def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
     """x [..., in] fp32, fp16 or bf16 → y [..., out] in x's dtype; the rest as in PackedLinear."""
-    return matmul_reference(x, codes, scale, signs, codec, out_features, block)
+    if x.device.type != "cuda":
+        return matmul_reference(x, codes, scale, signs, codec, out_features, block)
+    if _has_cuda_kernel(x, codec):
+        flat = x.reshape(-1, x.shape[-1])
+        y = _cuda(flat, codes, scale, signs, codec, out_features, block, nvrtc.gpu(x.device))
+        if y is not None:
+            return y.view(*x.shape[:-1], out_features)
+    if find_spec("triton") is None:
+        return matmul_reference(x, codes, scale, signs, codec, out_features, block)
+    from glq.ops import triton_matmul
+
+    return triton_matmul.matmul(x, codes, scale, signs, codec, out_features, block)
 
 
 @matmul.register_fake
@@ -29,3 +50,42 @@ def matmul_reference(
     weight = decode_matrix(codes, codec, out_features, in_features) * scale.float()[:, None]
     rotated = rotate(x.float(), unpack_signs(signs, in_features), block)
     return rotated.to(x.dtype) @ weight.to(x.dtype).T
+
+
+def _has_cuda_kernel(x: Tensor, codec: str) -> bool:
+    kernels = isinstance(get_codec(codec), Trellis) and x.dtype in (torch.float16, torch.bfloat16)
+    return kernels and x.numel() > 0 and _nvrtc_works(x.device)
+
+
+@cache
+def _nvrtc_works(device: torch.device) -> bool:
+    """Whether CUDA C++ compiles and loads here; where it does not, Triton has every kernel, too."""
+    if not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        cuda_decode.try_out(nvrtc.gpu(device), device)
+    except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
+        warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _cuda(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    signs: Tensor,
+    codec: str,
+    out_features: int,
+    block: int,
+    gpu: nvrtc.Gpu,
+) -> Tensor | None:
+    """By the kernel that is fastest for so many tokens x [tokens, in]; None where Triton's is."""
+    weight = (codes, scale, signs, codec, out_features, block)
+    if len(x) > _FEW and gpu.arch == cuda_prefill.ARCH:
+        return cuda_prefill.matmul(x, *weight, gpu)
+    if len(x) > _FEW:
+        return None
+    parts = x.split(cuda_decode.max_tokens(gpu.arch))
+    done = [cuda_decode.matmul(part, *weight, gpu) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done)
