@@ -123,7 +123,7 @@ def _e8_stage(words, table, ENTRY_BITS: tl.constexpr):
     coset = (words >> (2 * ENTRY_BITS)) & 3
     half = tl.where(i < 2, (words >> ENTRY_BITS)[None, :, :], words[None, :, :]) & ((1 << ENTRY_BITS) - 1)
     entry = ((coset << ENTRY_BITS)[None, :, :] + half).to(tl.int32)
-    pair = tl.load(table + (entry * 2 + i % 2))
+    pair = tl.load(table + (entry * 2 + (i & 1)))  # with i % 2 Triton sees runs of two, and moves all to suit them
     even = pair.to(tl.uint32).to(tl.float32, bitcast=True)
     odd = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return even, odd
@@ -131,21 +131,36 @@ def _e8_stage(words, table, ENTRY_BITS: tl.constexpr):
 
 @triton.jit
 def _nested_values(words, table, Q: tl.constexpr, LOW_BITS: tl.constexpr):
-    """Pairs [4, 8, 32] in fp32; integers up to one product with β/2."""
+    """Pairs [4, 8, 32] in fp32; integers up to one product with β/2.
+
+    d and r are those of u = 0. Those of u = Q follow from them: d' = d ± Q, |d'| = Q − |d|, and r' = r − 1 where d < 0;
+    so the difference of the two norms needs no squares, and a word's worst component for u = Q is its smallest d.
+    """
     high = words
     SCALE_BIT: tl.constexpr = 8 * LOW_BITS + (13 if Q % 3 == 0 else 0)
     if Q % 3 == 0:
         high = tl.load(table + 16 + ((words >> (8 * LOW_BITS)) & 0x1FFF))
-    half_beta = tl.load(table + (words >> SCALE_BIT)).to(tl.float32, bitcast=True)
+    half_beta = tl.load(table + (words >> SCALE_BIT)).to(tl.float32, bitcast=True)[None, :, :]
     even, odd = _nested_point(words, high, Q, LOW_BITS)
-    even0, odd0, norm0, flip0, worst0 = _nested_reduce(even, odd, 0, Q)
-    even1, odd1, norm1, flip1, worst1 = _nested_reduce(even, odd, Q, Q)
-    other = norm1 < norm0
-    flip = tl.where(other, flip1, flip0)[None, :, :]
-    worst = tl.where(other, worst1, worst0)[None, :, :]
-    even = _nested_flip(tl.where(other[None, :, :], even1, even0), 0, flip, worst)
-    odd = _nested_flip(tl.where(other[None, :, :], odd1, odd0), 1, flip, worst)
-    return even.to(tl.float32) * half_beta[None, :, :], odd.to(tl.float32) * half_beta[None, :, :]
+    even, even_r = _nested_remainder(even, Q)
+    odd, odd_r = _nested_remainder(odd, Q)
+    # sizes with the sign as their lowest bit; with twice an index added, they order as |d| and then as the index
+    even_size, odd_size = _nested_size(even), _nested_size(odd)
+    k = 2 * tl.arange(0, 4)[:, None, None]
+    largest = tl.max(tl.maximum(even_size + 2 * (7 - k), odd_size + 2 * (6 - k)), 0)
+    smallest = tl.min(tl.minimum(even_size + 2 * k, odd_size + 2 * (k + 1)), 0)
+    total = tl.sum(even_size + odd_size, 0)
+    parity = tl.sum(even_r + odd_r, 0) & 1
+    other_parity = (parity + total) & 1
+    other = 4 * Q - (total >> 4) + 2 * other_parity * (smallest >> 4) < 2 * parity * (Q - (largest >> 4))
+    # the worst component is never 0: y₀ and y₁ have different parities, so some component is not 0 modulo Q
+    worst = tl.where(other, smallest >> 1, 7 - (largest >> 1)) & 7
+    upwards = tl.where(other, (smallest & 1) ^ 1, largest & 1)
+    flip = 2 * Q * tl.where(other, other_parity, parity) * (2 * upwards - 1)
+    move = tl.where(other, Q, 0)[None, :, :]
+    even += tl.where(even < 0, move, -move) + tl.where(worst[None, :, :] == k, flip[None, :, :], 0)
+    odd += tl.where(odd < 0, move, -move) + tl.where(worst[None, :, :] == k + 1, flip[None, :, :], 0)
+    return even.to(tl.float32) * half_beta, odd.to(tl.float32) * half_beta
 
 
 @triton.jit
@@ -171,32 +186,13 @@ def _nested_digit(words, high, k, Q: tl.constexpr, LOW_BITS: tl.constexpr):
 
 
 @triton.jit
-def _nested_reduce(even, odd, U: tl.constexpr, Q: tl.constexpr):
-    """y − U modulo 2Q in each component, and for each word [8, 32]: the square norm that it has once its sum is even,
-    what its worst component must move by for that (2Q or 0), and which one that is (its rank).
-    """
-    even, even_r = _nested_remainder(even, U, Q)
-    odd, odd_r = _nested_remainder(odd, U, Q)
-    worst = tl.max(tl.maximum(_nested_rank(even, 0), _nested_rank(odd, 1)), 0)
-    flip = (tl.sum(even_r + odd_r, 0) & 1) * (2 * Q)
-    norm = tl.sum(even * even + odd * odd, 0) + flip * (2 * Q - 2 * (worst >> 3))
-    return even, odd, norm, flip, worst
+def _nested_remainder(y, Q: tl.constexpr):
+    """d = y − 2Q·r in [−Q, Q), and r. The division is exact for dividends below 2^11, and these are below 2^8."""
+    r = ((y + Q) * (65536 // (2 * Q) + 1)) >> 16
+    return y - 2 * Q * r, r
 
 
 @triton.jit
-def _nested_remainder(y, U: tl.constexpr, Q: tl.constexpr):
-    """d = y − U − 2Q·r in [−Q, Q), and r. The division is exact for dividends below 2^11, and these are below 2^8."""
-    r = ((y + (Q - U)) * (65536 // (2 * Q) + 1)) >> 16
-    return y - U - 2 * Q * r, r
-
-
-@triton.jit
-def _nested_rank(d, ODD: tl.constexpr):
-    """Orders a word's components by their size, equal ones by their index, the first highest; 8·|d| + 0…7."""
-    return tl.abs(d) * 8 + (7 - ODD - 2 * tl.arange(0, 4)[:, None, None])
-
-
-@triton.jit
-def _nested_flip(d, ODD: tl.constexpr, flip, worst):
-    """Moves the worst component towards 0 and beyond by `flip`, zeros upwards."""
-    return d + tl.where(_nested_rank(d, ODD) == worst, tl.where(d > 0, -flip, flip), 0)
+def _nested_size(d):
+    """16·|d|, plus 1 where d < 0."""
+    return tl.abs(d) * 16 + (d.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)

@@ -88,8 +88,9 @@ def multiply_kernel(
             k = tile * 32 + tl.arange(0, 32)[None, :]
             x0 = tl.load(x + k, mask=2 * k < cols, other=0.0).to(tl.float32)
             x1 = tl.load(odd_x + k, mask=2 * k + 1 < cols, other=0.0).to(tl.float32)
-            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
-            acc += even.to(tl.float32) * x0 + odd.to(tl.float32) * x1
+            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, tl.float32)
+            acc += even * x0
+            acc += odd * x1
         else:
             k = tile * 32 + tl.arange(0, 32)[:, None]
             at = token * (col_tiles * 32) + k
