@@ -39,7 +39,7 @@ def load_words(tile, CODE_BITS: tl.constexpr, FAMILY: tl.constexpr):
 def _word_bits(tile, lane, j, CODE_BITS: tl.constexpr, COUNT: tl.constexpr):
     """u64 whose lowest COUNT bits are the first ones of word j of a lane; the others are arbitrary."""
     bit = CODE_BITS * j
-    GRAIN: tl.constexpr = min(CODE_BITS & -CODE_BITS, 32)  # of bit % 32, which is at most 32 - GRAIN
+    GRAIN: tl.constexpr = (CODE_BITS | 32) & -(CODE_BITS | 32)  # divides bit % 32, which is at most 32 - GRAIN
     q, shift = bit // 32, (bit % 32).to(tl.uint64)
     bits = _payload(tile, lane, q, CODE_BITS).to(tl.uint64)
     if 32 - GRAIN + COUNT > 32:
@@ -77,22 +77,20 @@ def decode_tile(
     DTYPE: tl.constexpr,
 ):
     """What `load_words` gave → even and odd columns [tile rows, 32] in DTYPE: the codec's fp32 values rounded once."""
+    ROWS: tl.constexpr = 64 if FAMILY == "trellis" else 32
     if FAMILY == "trellis":
         even, odd = _trellis_values(words, following, table, CODE_BITS, FIRST, DTYPE)
-        ROWS: tl.constexpr = 64
     elif FAMILY == "e8":
         even, odd = _e8_values(words.to(tl.uint32), table, FIRST, SECOND)
-        ROWS: tl.constexpr = 32
     else:
         even, odd = _nested_values(words.to(tl.uint32), table, FIRST, SECOND)
-        ROWS: tl.constexpr = 32
     return tl.reshape(even.to(DTYPE), (ROWS, 32)), tl.reshape(odd.to(DTYPE), (ROWS, 32))
 
 
 @triton.jit
 def _trellis_values(words, following, table, CODE_BITS: tl.constexpr, TABLE_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs [8, 8, 32] in bf16 where DTYPE is bf16 (the table is, too), otherwise in fp16."""
-    PAIR: tl.constexpr = tl.bfloat16 if DTYPE == tl.bfloat16 else tl.float16
+    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE."""
+    PAIR: tl.constexpr = tl.float16 if DTYPE.is_fp32() else DTYPE
     begin = CODE_BITS * tl.arange(0, 8)[:, None, None] // 8
     own = (words[None, :, :] >> begin.to(tl.uint64)).to(tl.uint32)
     # a pair with all its 16 bits in its own word shifts the next word's out of them

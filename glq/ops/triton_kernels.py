@@ -69,9 +69,9 @@ def multiply_kernel(
 ):
     """One row of tiles, every `parts`-th of them, times the same columns of x; TOKENS ≥ tokens is 1 or at least 16.
 
-    x [2, tokens, 32 · col_tiles] in DTYPE: the even columns, then the odd ones; what is beyond `cols` is not read.
-    Writes y [tokens, rows] with the scales where it is the WHOLE sum, otherwise partial [parts, tokens, tile rows · row
-    tiles] fp32 without them.
+    x [2, tokens, 32 · col_tiles]: the even columns, then the odd ones; what is beyond `cols` is not read. Its dtype is
+    DTYPE, but for one token, where DTYPE is fp32 and x may be anything. Writes y [tokens, rows] with the scales where
+    it is the WHOLE sum, otherwise partial [parts, tokens, tile rows · row tiles] fp32 without them.
     """
     ROWS: tl.constexpr = 64 if FAMILY == "trellis" else 32
     row_tile, part = tl.program_id(0), tl.program_id(1)
@@ -88,7 +88,7 @@ def multiply_kernel(
             k = tile * 32 + tl.arange(0, 32)[None, :]
             x0 = tl.load(x + k, mask=2 * k < cols, other=0.0).to(tl.float32)
             x1 = tl.load(odd_x + k, mask=2 * k + 1 < cols, other=0.0).to(tl.float32)
-            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, tl.float32)
+            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
             acc += even * x0
             acc += odd * x1
         else:

@@ -1,9 +1,9 @@
 """y = x · Wᵀ for a packed W with Triton: on any GPU that it compiles for, and on the CPU under its interpreter.
 
-Up to `FEW` tokens the weights are decoded in registers and multiplied there, every tile once for all tokens. More tokens
-are worth a matrix of decoded weights and PyTorch's own product. Importing this module needs triton; nothing here waits
-for the GPU or reads from it, and what is kept (tables, factors) is made at the first call, which must come before a
-CUDA graph is captured.
+Up to `FEW` tokens the weights are decoded in registers and multiplied there, every tile once for all tokens. More
+tokens are worth a matrix of decoded weights and PyTorch's own product. Importing this module needs triton; nothing here
+waits for the GPU or reads from it, and what is kept (tables, factors) is made at the first call, which must come before
+a CUDA graph is captured.
 """
 
 import math
@@ -18,6 +18,7 @@ from glq.ops.triton_tables import decoder, decoding_table, hadamard_factors, mul
 
 FEW = 64  # tokens; accumulators of more would not fit in registers
 _WARPS = 4
+_ROTATE_WARPS = 8  # with 4, its fp32 products of 64 columns spill registers
 _STAGES = 1  # the kernel fetches codes ahead itself; Triton's pipeliner would put the tables' gathers in its queue, too
 _PROGRAMS = 4  # wanted a multiprocessor, to hide the latency of loads
 _SUM_ROWS = 256
@@ -44,8 +45,8 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
 def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """R·x for each row of x, computed in fp32.
 
-    x [..., in] fp32, fp16 or bf16; signs [⌈in / 8⌉] uint8, as in PackedLinear; block divides `in`. Returns x's shape and
-    dtype, contiguous.
+    x [..., in] fp32, fp16 or bf16; signs [⌈in / 8⌉] uint8, as in PackedLinear; block divides `in`. Returns x's shape
+    and dtype, contiguous.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
@@ -102,7 +103,7 @@ def _rotate(x: Tensor, signs: Tensor, block: int, y: Tensor, strides: tuple[int,
         A=factors.a,
         P=factors.p,
         P_PAD=max(factors.p, 16),
-        num_warps=_WARPS,
+        num_warps=_ROTATE_WARPS,
         num_stages=_STAGES,
     )
 
@@ -114,13 +115,14 @@ def _multiply(
     tokens, out_features = y.shape
     row_tiles, col_tiles, _ = codes.shape
     parts = parts or parts_of_a_row(row_tiles, col_tiles, tokens, multiprocessors(x.device))
+    values = torch.float32 if tokens == 1 else x.dtype  # one token needs no tensor cores, and so no rounding for them
     constants = decoder(codec)
     padded_rows = row_tiles * constants.rows
     partial = x.new_empty(parts, tokens, padded_rows, dtype=torch.float32) if parts > 1 else y
     multiply_kernel[(row_tiles, parts)](
         codes.contiguous().view(torch.uint32),
         x,
-        decoding_table(codec, x.dtype, x.device),
+        decoding_table(codec, values, x.device),
         scale,
         y,
         partial,
@@ -131,7 +133,7 @@ def _multiply(
         parts,
         TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
         WHOLE=parts == 1,
-        DTYPE=_TYPES[x.dtype],
+        DTYPE=_TYPES[values],
         **constants.constants,
         num_warps=_WARPS,
         num_stages=_STAGES,

@@ -39,15 +39,13 @@ class Decoder:
 
 @cache
 def decoder(codec: str) -> Decoder:
-    c: Codec = get_codec(codec)
+    c = get_codec(codec)
     if isinstance(c, Trellis):
         return Decoder("trellis", c.code_bits, c.table_bits, 0)
-    if isinstance(c, FactoredE8):
-        return Decoder("e8", c.code_bits, c.entries.bit_length() - 1, 0)
-    if isinstance(c, ResidualE8):
-        return Decoder("e8", c.code_bits, c.first.entries.bit_length() - 1, c.second.entries.bit_length() - 1)
-    assert isinstance(c, NestedE8)
-    return Decoder("nested", c.code_bits, c.q, c.low.bit_length() - 1)
+    if isinstance(c, NestedE8):
+        return Decoder("nested", c.code_bits, c.q, c.low.bit_length() - 1)
+    entry_bits = [stage.entries.bit_length() - 1 for stage, _ in _stages(c)]
+    return Decoder("e8", c.code_bits, entry_bits[0], sum(entry_bits[1:]))
 
 
 @cache
@@ -55,7 +53,7 @@ def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tens
     """The table of a codec for values in `dtype`.
 
     trellis: [2^n] u32, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry of a half table.
-    nested: [16 + 8192] u32, the bits of β / 2 in fp32, then the eight low base-3 digits of each number in two bits each.
+    nested: [16 + 8192] u32, the bits of β / 2 in fp32, then the low eight base-3 digits of each number, two bits each.
     """
     c = get_codec(codec)
     if isinstance(c, Trellis):
@@ -64,10 +62,18 @@ def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tens
     elif isinstance(c, NestedE8):
         table = _nested_table(c)
     else:
-        stages = [(c, 1.0)] if isinstance(c, FactoredE8) else [(c.first, 1.0), (c.second, c.gain)]
-        table = torch.cat([_half_pairs(stage) * gain for stage, gain in stages])
+        table = torch.cat([_half_pairs(stage) * gain for stage, gain in _stages(c)])
         table = table.view(torch.int64).view(-1).view(torch.uint64)
     return table.to(device)
+
+
+def _stages(codec: Codec) -> list[tuple[FactoredE8, float]]:
+    """The factored codes that an E8 codec adds up, and their gains."""
+    if isinstance(codec, ResidualE8):
+        return [(codec.first, 1.0), (codec.second, codec.gain)]
+    if isinstance(codec, FactoredE8):
+        return [(codec, 1.0)]
+    raise NotImplementedError(f"no Triton kernel decodes {codec.name}")
 
 
 def _half_pairs(codec: FactoredE8) -> Tensor:
