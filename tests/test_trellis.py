@@ -5,7 +5,7 @@ import torch
 
 from glq import nvrtc
 from glq.codecs import CODECS, viterbi, viterbi_cuda
-from glq.codecs.trellis import MULTIPLIER, Trellis, state_values, tables
+from glq.codecs.trellis import MULTIPLIER, Trellis, pair_table, state_values
 
 TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
 EVERY = pytest.mark.parametrize("name", TRELLISES)
@@ -29,7 +29,7 @@ def test_a_pair_from_16_bits_of_the_circle(name):
     values = codec.decode(words)[0].flatten()
     circle = sum(int(w) << i * codec.code_bits for i, w in enumerate(words[0]))
     total = 8 * codec.code_bits
-    table = tables()[name]
+    table = pair_table(TRELLISES[name])
     for p in (0, 1, 31, 62, 63):
         at = p * codec.code_bits // 8
         state = (circle >> at | circle << total - at) & 0xFFFF
@@ -41,7 +41,7 @@ def test_a_pair_from_16_bits_of_the_circle(name):
 
 @EVERY
 def test_tables_are_small_and_their_values_bounded(name):
-    table = tables()[name]
+    table = pair_table(TRELLISES[name])
     assert table.dtype == torch.float16
     assert table.shape == (1 << TRELLISES[name].table_bits, 2)
     assert table.numel() * 2 <= 8192

@@ -81,10 +81,15 @@ def state_values(codec: Trellis, device: torch.device) -> Tensor:
     h = state * MULTIPLIER & 0xFFFFFFFF
     entry = (h & 0x7FFF) >> 15 - codec.table_bits
     signs = 1 - 2 * torch.stack([h >> 15 & 1, h >> 31 & 1], 1)
-    return (tables()[codec.name].float()[entry] * signs).to(device)
+    return (pair_table(codec).float()[entry] * signs).to(device)
+
+
+def pair_table(codec: Trellis) -> Tensor:
+    """[2^table_bits, 2] fp16, on the CPU: the pairs before their signs."""
+    return _tables()[codec.name]
 
 
 @cache
-def tables() -> dict[str, Tensor]:
+def _tables() -> dict[str, Tensor]:
     with as_file(files("glq").joinpath("codecs/trellis.safetensors")) as path:
         return load_file(path)

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glq.codecs.trellis import Trellis, tables
+from glq.codecs.trellis import Trellis, pair_table
 
 SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
 
@@ -13,4 +13,4 @@ SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCAL
 @cache
 def device_table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[2^table_bits, 2] in `dtype`."""
-    return tables()[codec.name].to(device, dtype).contiguous()
+    return pair_table(codec).to(device, dtype).contiguous()

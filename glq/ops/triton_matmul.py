@@ -1,0 +1,143 @@
+"""y = x · Wᵀ for a packed W with Triton: on any GPU that it compiles for, and on the CPU under its interpreter.
+
+Up to `FEW` tokens the weights are decoded in registers and multiplied there, every tile once for all tokens. More
+tokens are worth a matrix of decoded weights and PyTorch's own product. Importing this module needs triton; nothing here
+waits for the GPU or reads from it, and what is kept (tables, factors) is made at the first call, which must come before
+a CUDA graph is captured.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glq.ops.triton_kernels import add_parts_kernel, dequantize_kernel, multiply_kernel, rotate_kernel
+from glq.ops.triton_tables import decoder, decoding_table, hadamard_factors, multiprocessors
+
+FEW = 64  # tokens; accumulators of more would not fit in registers
+_WARPS = 4
+_ROTATE_WARPS = 8  # with 4, its fp32 products of 64 columns spill registers
+_STAGES = 1  # the kernel fetches codes ahead itself; Triton's pipeliner would put the tables' gathers in its queue, too
+_PROGRAMS = 4  # wanted a multiprocessor, to hide the latency of loads
+_SUM_ROWS = 256
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
+    """x [..., in] fp32, fp16 or bf16 → y [..., out] in x's dtype; the rest as in PackedLinear."""
+    in_features = x.shape[-1]
+    tokens = x.numel() // in_features
+    with torch.cuda.device_of(x):
+        if tokens > FEW:
+            weight = dequantize(codes, scale, codec, out_features, in_features, x.dtype)
+            return rotate(x, signs, block) @ weight.T
+        flat = x.reshape(tokens, in_features).contiguous()
+        y = x.new_empty(tokens, out_features)
+        if tokens:
+            rotated = x.new_empty(2, tokens, 32 * codes.shape[1])
+            _rotate(flat, signs, block, rotated, (rotated.stride(1), rotated.stride(0), 1))
+            _multiply(rotated, codes, scale, codec, in_features, y)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    """R·x for each row of x, computed in fp32.
+
+    x [..., in] fp32, fp16 or bf16; signs [⌈in / 8⌉] uint8, as in PackedLinear; block divides `in`. Returns x's shape
+    and dtype, contiguous.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        with torch.cuda.device_of(x):
+            _rotate(x.reshape(-1, x.shape[-1]).contiguous(), signs, block, y, (x.shape[-1], 1, 2))
+    return y
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, codec: str, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """diag(scale) · decode(codes), [out, in] in `dtype`: the weights in the rotated basis, rounded once from fp32."""
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    table = decoding_table(codec, torch.float32, codes.device)
+    words = codes.contiguous().view(torch.uint32)
+    row_tiles, col_tiles, _ = codes.shape
+    with torch.cuda.device_of(codes):
+        dequantize_kernel[(row_tiles, col_tiles)](
+            words,
+            table,
+            scale,
+            weight,
+            out_features,
+            in_features,
+            col_tiles,
+            **decoder(codec).constants,
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
+    return weight
+
+
+def parts_of_a_row(row_tiles: int, col_tiles: int, tokens: int, processors: int) -> int:
+    """Into how many sums each row of tiles is split: as many as fill the GPU, but every part has some tiles.
+
+    With more tokens it must have more, or the partial sums would be more bytes than the codes.
+    """
+    wanted = math.ceil(_PROGRAMS * processors / row_tiles)
+    return max(1, min(wanted, col_tiles // max(4, tokens // 4)))
+
+
+def _rotate(x: Tensor, signs: Tensor, block: int, y: Tensor, strides: tuple[int, int, int]) -> None:
+    """x [tokens, in] contiguous → y, with the strides of a token, of a column's parity and of a pair of columns."""
+    tokens, in_features = x.shape
+    factors = hadamard_factors(block, x.device)
+    rotate_kernel[(tokens, in_features // block, math.ceil(factors.a / 16))](
+        x,
+        signs,
+        factors.left,
+        factors.right,
+        y,
+        in_features,
+        *strides,
+        A=factors.a,
+        P=factors.p,
+        P_PAD=max(factors.p, 16),
+        num_warps=_ROTATE_WARPS,
+        num_stages=_STAGES,
+    )
+
+
+def _multiply(
+    x: Tensor, codes: Tensor, scale: Tensor, codec: str, in_features: int, y: Tensor, parts: int | None = None
+) -> None:
+    """x [2, tokens, 32 · column tiles], the rotated even columns and the odd ones → y [tokens, out], x's dtype."""
+    tokens, out_features = y.shape
+    row_tiles, col_tiles, _ = codes.shape
+    parts = parts or parts_of_a_row(row_tiles, col_tiles, tokens, multiprocessors(x.device))
+    values = torch.float32 if tokens == 1 else x.dtype  # one token needs no tensor cores, and so no rounding for them
+    constants = decoder(codec)
+    padded_rows = row_tiles * constants.rows
+    partial = x.new_empty(parts, tokens, padded_rows, dtype=torch.float32) if parts > 1 else y
+    multiply_kernel[(row_tiles, parts)](
+        codes.contiguous().view(torch.uint32),
+        x,
+        decoding_table(codec, values, x.device),
+        scale,
+        y,
+        partial,
+        out_features,
+        in_features,
+        tokens,
+        col_tiles,
+        parts,
+        TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
+        WHOLE=parts == 1,
+        DTYPE=_TYPES[values],
+        **constants.constants,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
+    if parts > 1:
+        grid = (math.ceil(out_features / _SUM_ROWS), tokens)
+        add_parts_kernel[grid](partial, scale, y, out_features, padded_rows, tokens, parts, ROWS=_SUM_ROWS)
