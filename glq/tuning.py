@@ -35,12 +35,12 @@ from glq.sampling import sample_windows
 _CHUNK = 512  # positions whose logits over the vocabulary are held at once
 _LARGE = 3e9  # bytes of weight files from which weights are held in bf16
 _HELD_OUT = {"cpu": 6, "cuda": 16}  # windows
-_DEFAULTS = {"cpu": (2, 120, 0), "cuda": (8, 600, 1024)}  # windows a step, steps, windows to sample
+_DEFAULTS = {"cpu": (2, 100, 0), "cuda": (8, 600, 1024)}  # windows a step, steps, windows to sample
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """None: what suits the device (120 steps of 2 windows on a CPU; on a GPU 600 of 8, and 1,024 windows sampled)."""
+    """None: what suits the device (100 steps of 2 windows on a CPU; on a GPU 600 of 8, and 1,024 windows sampled)."""
 
     steps: int | None = None
     batch: int | None = None  # windows a step
