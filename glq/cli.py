@@ -48,9 +48,7 @@ _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging F
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
 _Bits = Annotated[float, typer.Option(help="bits a weight, any figure from 1.5 to 4")]
 _Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")]
-_Tokens = Annotated[
-    int | None, typer.Option(help="calibration tokens; default: 16,384 (GPU: up to 262,144)")
-]
+_Tokens = Annotated[int | None, typer.Option(help="calibration tokens; default: 16,384 (GPU: up to 262,144)")]
 _Ctx = Annotated[int, typer.Option(help="tokens in one calibration window")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 _Seed = Annotated[int, typer.Option(help="of the random rotation")]

@@ -60,9 +60,7 @@ class Settings:
     bits: float = 3
     codec: str = "auto"  # or a name in CODECS
     layers: tuple[tuple[str, str], ...] = ()  # (pattern of layer names, codec): exceptions, the last that matches holds
-    tokens: int | None = (
-        None  # of calibration; None: 16,384, on a GPU up to 262,144
-    )
+    tokens: int | None = None  # of calibration; None: 16,384, on a GPU up to 262,144
     ctx: int = 1024
     seed: int = 0
     damping: float = 0.1
