@@ -163,7 +163,7 @@ def tune_command(
     out: _Out,
     reference: Annotated[str, typer.Option(help="the model before quantization")],
     text: _Calibration = None,
-    steps: Annotated[int | None, typer.Option(help="of the optimizer; default: 120 on a CPU, 600 on a GPU")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the optimizer; default: 100 on a CPU, 600 on a GPU")] = None,
     batch: Annotated[int | None, typer.Option(help="windows a step; default: 2 on a CPU, 8 on a GPU")] = None,
     ctx: _Ctx = 1024,
     sampled: Annotated[

@@ -105,3 +105,16 @@ def test_steps_are_relative_to_a_parameters_size():
     optimizer.step()
     moved = {name: (sizes[name] - p).mean().item() for name, p in trainable.items()}
     assert moved == pytest.approx({"norm.weight": 4.0, "bias": 0.001, "fresh.bias": 0.1, "layer.gain": 0.1}, rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_divergence(tiny_model, two_bits, monkeypatch):
+    monkeypatch.setattr(tuning, "_CHUNK", 50)
+    teacher, student = (tuning._load(path, torch.device("cpu"), torch.float32) for path in (tiny_model, two_bits))
+    trainable = tuning._make_tunable(student, torch.float32)
+    ids = torch.randint(2, 300, (3, 64))
+    value = tuning._backward(student, teacher, ids)
+    log_p, log_q = (m(ids).logits.log_softmax(-1) for m in (teacher, student))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    for found, p in zip(torch.autograd.grad(expected, list(trainable.values())), trainable.values(), strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-3, atol=1e-6)
