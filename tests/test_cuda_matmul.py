@@ -16,7 +16,7 @@ from glq.ops import cuda_decode, cuda_prefill
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
-from glq.packed import decode_matrix, packed_shapes, unpack_signs
+from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
@@ -24,31 +24,31 @@ TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, 
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
-def problem(name, tokens, out_features, in_features, dtype, scale=torch.float16, device="cpu"):
+def problem(name, tokens, out_features, in_features, block, dtype, scale=torch.float16, device="cpu"):
     shape = packed_shapes(name, out_features, in_features)["codes"]
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     signs = torch.randint(0, 256, (-(-in_features // 8),), dtype=torch.uint8, device=device)
     scales = (torch.rand(out_features, device=device) + 0.5).to(scale)
-    return torch.randn(tokens, in_features, device=device).to(dtype), codes, scales, signs
+    weight = PackedLinear(name, out_features, in_features, block, codes, scales, signs)
+    return torch.randn(tokens, in_features, device=device).to(dtype), weight
 
 
-def error(y, x, codes, scale, signs, codec, out_features, block):
+def error(y, x, weight):
     """Relative to the exact product, in units of what the same-dtype PyTorch product has."""
-    in_features = x.shape[1]
-    rotated = rotate(x.double(), unpack_signs(signs, in_features), block)
-    exact = rotated @ decode_matrix(codes, codec, out_features, in_features).double().T * scale.double()
-    plain = matmul_reference(x, codes, scale, signs, codec, out_features, block)
+    w = weight
+    rotated = rotate(x.double(), unpack_signs(w.signs, w.in_features), w.block)
+    exact = rotated @ w.decode().double().T * w.scale.double()
+    plain = matmul_reference(x, w.codes, w.scale, w.signs, w.codec, w.out_features, w.block)
     return ((y.double() - exact).norm() / (plain.double() - exact).norm()).item()
 
 
 def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float16, plan=None, scale=torch.float16):
-    x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype, scale)
-    given = (x, codes, scales, signs, name, out_features, block)
-    y = matmul(*given, gpu, plan)
+    x, weight = problem(name, tokens, out_features, in_features, block, dtype, scale)
+    y = matmul(x, weight, gpu, plan)
     assert y.shape == (tokens, out_features)
     assert y.dtype == dtype
-    assert error(y, *given) < 2
-    assert torch.equal(y, matmul(*given, gpu, plan))
+    assert error(y, x, weight) < 2
+    assert torch.equal(y, matmul(x, weight, gpu, plan))
 
 
 @emulated
@@ -87,12 +87,10 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "at_once"), [(1, 64), (70, 64), (130, 128)])
 def test_prefill(name, dtype, tokens, at_once):
-    out_features, in_features, block = 330, 328, 41
-    x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype)
+    x, weight = problem(name, tokens, 330, 328, 41, dtype)
     plan = cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, at_once, 8, 3)
-    given = (x, codes, scales, signs, name, out_features, block)
-    y = cuda_prefill.matmul(*given, Emulator(2), plan)
-    assert error(y, *given) < 2
+    y = cuda_prefill.matmul(x, weight, Emulator(2), plan)
+    assert error(y, x, weight) < 2
 
 
 @pytest.mark.parametrize("name", TRELLISES)
@@ -157,8 +155,7 @@ def test_on_a_gpu(name, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))
     for tokens in (1, 2, 7, 8, 16, 33, 64):
         for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
-            x, codes, scales, signs = problem(name, tokens, out_features, in_features, dtype, device="cuda")
-            given = (x, codes, scales, signs, name, out_features, block)
-            y = matmul(*given, gpu)
-            assert error(y, *given) < 2
-            assert torch.equal(y, matmul(*given, gpu))
+            x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
+            y = matmul(x, weight, gpu)
+            assert error(y, x, weight) < 2
+            assert torch.equal(y, matmul(x, weight, gpu))

@@ -1,6 +1,6 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
 from glq.ops.cuda_table import SCALES, device_table
-from glq.packed import decode_matrix, unpack_signs
-from glq.rotation import rotate
+from glq.packed import PackedLinear
 
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
 
@@ -89,32 +88,31 @@ def make_plan(
     return Plan(codec, dtype, scale, tokens, 8, 1, copies, 0, 2 if tokens <= 16 else 1)
 
 
-def matmul(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    signs: Tensor,
-    codec: str,
-    out_features: int,
-    block: int,
-    gpu: nvrtc.Launcher,
-    plan: Plan | None = None,
-) -> Tensor:
+def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16 with 1 to max_tokens(gpu.arch) tokens."""
     tokens, in_features = x.shape
-    trellis = get_codec(codec)
+    trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
-    plan = plan or make_plan(trellis, x.dtype, scale.dtype, tokens, in_features, block)
-    row_tiles, col_tiles, _ = codes.shape
+    plan = plan or make_plan(trellis, x.dtype, weight.scale.dtype, tokens, in_features, weight.block)
+    row_tiles, col_tiles, _ = weight.codes.shape
     groups = -(-row_tiles // plan.wr)
     grid = min(groups * -(-col_tiles // plan.wk), plan.blocks * gpu.multiprocessors)
     x = x.contiguous()
     if not plan.block:
-        x = rotate_tiles(x, signs, block, plan.held, False, gpu)
-    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+        x = rotate_tiles(x, weight.signs, weight.block, plan.held, False, gpu)
+    y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid * 2 * plan.wr * 64 * tokens, dtype=torch.float32, device=x.device)
-    tensors = (codes, x, signs, device_table(trellis, x.device, x.dtype), scale, y, partial, gpu.tickets(groups))
-    sizes = (tokens, out_features, in_features, row_tiles, col_tiles)
+    tensors = (
+        weight.codes,
+        x,
+        weight.signs,
+        device_table(trellis, x.device, x.dtype),
+        weight.scale,
+        y,
+        partial,
+        gpu.tickets(groups),
+    )
+    sizes = (tokens, weight.out_features, in_features, row_tiles, col_tiles)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y
 
@@ -125,8 +123,9 @@ def try_out(gpu: nvrtc.Launcher, device: torch.device) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(4).view(1, 1, -1)
     signs, scale = torch.full((size // 8,), 0x5A, dtype=torch.uint8), torch.linspace(0.5, 2, size).half()
     x = torch.linspace(-1, 1, size).half()[None]
-    weight = decode_matrix(codes, name, size, size) * scale.float()[:, None]
-    expected = rotate(x.float(), unpack_signs(signs, size), size) @ weight.T
-    y = matmul(x.to(device), codes.to(device), scale.to(device), signs.to(device), name, size, size, gpu)
+    weight = PackedLinear(name, size, size, size, codes, scale, signs)
+    expected = x.float() @ weight.dequantize().T
+    on_device = replace(weight, codes=codes.to(device), scale=scale.to(device), signs=signs.to(device))
+    y = matmul(x.to(device), on_device, gpu)
     if not torch.allclose(y.float().cpu(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
         raise GlqError("the CUDA kernel computes something else than PyTorch on this GPU")

@@ -10,6 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.cuda_table import SCALES, device_table
+from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
 _ROWS = 256  # of a block
@@ -59,28 +60,18 @@ def make_plan(
     return Plan(codec, dtype, scale, 128, copies, 4)
 
 
-def matmul(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    signs: Tensor,
-    codec: str,
-    out_features: int,
-    block: int,
-    gpu: nvrtc.Launcher,
-    plan: Plan | None = None,
-) -> Tensor:
+def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16, on a GPU whose arch is ARCH."""
-    trellis = get_codec(codec)
+    trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
     tokens = x.shape[0]
-    plan = plan or make_plan(trellis, x.dtype, scale.dtype, tokens, out_features, gpu.multiprocessors)
-    row_tiles, col_tiles, _ = codes.shape
-    grid = (-(-tokens // plan.tokens), -(-out_features // _ROWS))
+    plan = plan or make_plan(trellis, x.dtype, weight.scale.dtype, tokens, weight.out_features, gpu.multiprocessors)
+    row_tiles, col_tiles, _ = weight.codes.shape
+    grid = (-(-tokens // plan.tokens), -(-weight.out_features // _ROWS))
     padded = grid[0] * plan.tokens
-    tiles = rotate_tiles(x, signs, block, padded, True, gpu)
-    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    tensors = (codes, tiles, device_table(trellis, x.device, x.dtype), scale, y)
-    sizes = (tokens, padded, out_features, row_tiles, col_tiles)
+    tiles = rotate_tiles(x, weight.signs, weight.block, padded, True, gpu)
+    y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
+    tensors = (weight.codes, tiles, device_table(trellis, x.device, x.dtype), weight.scale, y)
+    sizes = (tokens, padded, weight.out_features, row_tiles, col_tiles)
     gpu.launch(plan.source, "prefill", grid, _THREADS, plan.shared, *tensors, *sizes)
     return y

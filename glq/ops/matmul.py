@@ -11,7 +11,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops import cuda_decode, cuda_prefill
-from glq.packed import decode_matrix, unpack_signs
+from glq.packed import PackedLinear, decode_matrix, unpack_signs
 from glq.rotation import rotate
 
 _FEW = 64  # tokens up to which Hopper's mma.sync is at least as fast as its wgmma (docs/benchmarks.md)
@@ -23,8 +23,8 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
     if x.device.type != "cuda":
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     if _has_cuda_kernel(x, codec):
-        flat = x.reshape(-1, x.shape[-1])
-        y = _cuda(flat, codes, scale, signs, codec, out_features, block, nvrtc.gpu(x.device))
+        weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
+        y = _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device))
         if y is not None:
             return y.view(*x.shape[:-1], out_features)
     if find_spec("triton") is None:
@@ -70,22 +70,9 @@ def _nvrtc_works(device: torch.device) -> bool:
     return True
 
 
-def _cuda(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    signs: Tensor,
-    codec: str,
-    out_features: int,
-    block: int,
-    gpu: nvrtc.Gpu,
-) -> Tensor | None:
+def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor | None:
     """By the kernel that is fastest for so many tokens x [tokens, in]; None where Triton's is."""
-    weight = (codes, scale, signs, codec, out_features, block)
-    if len(x) > _FEW and gpu.arch == cuda_prefill.ARCH:
-        return cuda_prefill.matmul(x, *weight, gpu)
     if len(x) > _FEW:
-        return None
-    parts = x.split(cuda_decode.max_tokens(gpu.arch))
-    done = [cuda_decode.matmul(part, *weight, gpu) for part in parts]
+        return cuda_prefill.matmul(x, weight, gpu) if gpu.arch == cuda_prefill.ARCH else None
+    done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
     return done[0] if len(done) == 1 else torch.cat(done)
