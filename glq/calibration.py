@@ -45,7 +45,9 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None, ct
     body = ctx - len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // body
-    count = max(1, available) if count is None else count
+    if count is None and not available:
+        raise GlqError(f"the text is too short: it has {len(ids)} tokens, a window takes {body}. Give a longer text")
+    count = available if count is None else count
     if available < count:
         raise GlqError(
             f"the text is too short: {count} windows of {ctx} tokens need {count * body} tokens, it has {len(ids)}. "

@@ -26,7 +26,9 @@ from glq.errors import GlqError
 from glq.progress import Listener
 from glq.progress import Progress as Step
 
-app = typer.Typer(help="Make language models 4–8 times smaller with the E8 lattice.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice.", no_args_is_help=True
+)
 _err = Console(stderr=True)
 _out = Console()
 

@@ -127,21 +127,22 @@ def load(
 ) -> PreTrainedModel:
     """A model that transformers loads, glq checkpoints included, ready for inference.
 
-    dtype defaults to fp16 on a GPU and fp32 on a CPU. On a CPU, for which there are no kernels, a glq checkpoint's
-    layers are dequantized once: fast, but as large in memory as the original model.
-    AutoModelForCausalLM.from_pretrained keeps them packed on every device.
+    dtype defaults to the checkpoint's own on a GPU (Gemma's activations overflow in fp16) and to fp32 on a CPU.
+    On a CPU, for which there are no kernels, a glq checkpoint's layers are dequantized once: fast, but as large in
+    memory as the original model. AutoModelForCausalLM.from_pretrained keeps them packed on every device.
     """
     where = pick_device(device) if isinstance(device, str) else device
-    dtype = dtype or (torch.float32 if where.type == "cpu" else torch.float16)
+    if dtype is None and where.type == "cpu":
+        dtype = torch.float32
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise GlqError(f"{model} is not a model that transformers loads: {str(error).splitlines()[0]}") from error
     if where.type == "cpu" and isinstance(getattr(loaded, "hf_quantizer", None), GlqHfQuantizer):
-        loaded = loaded.dequantize(dtype)
+        loaded = loaded.dequantize(loaded.dtype)
     return loaded.eval().to(where)
 
 

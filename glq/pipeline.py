@@ -127,6 +127,7 @@ def round_model(
     where = pick_device(device)
     source = SourceModel(resolve(model))
     settings = _with_tied_rates(settings, source)
+    _refuse_idle_patterns(settings, source)
     text = read_text(calibration)
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
@@ -149,6 +150,17 @@ def round_model(
             writer.add_json("glq_plan.json", plan)
         writer.commit()
     return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
+
+
+def _refuse_idle_patterns(settings: Settings, source: SourceModel) -> None:
+    """GlqError for exceptions that no layer matches: they are misspelt, or meant for another model."""
+    blocks = [(name, source.module(name)) for name in source.blocks]
+    layers = [f"{b}.{n}" for b, block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    for pattern, codec in settings.layers:
+        if not any(pattern == layer or fnmatchcase(layer, pattern) for layer in layers):
+            raise GlqError(
+                f"no layer matches {pattern!r}, which should take {codec}: there are {layers[0]!r}, and others"
+            )
 
 
 def _calibration_windows(source: SourceModel, text: str, settings: Settings, device: torch.device) -> Tensor:

@@ -39,6 +39,8 @@ def quantize(
             f"the plan is for {plan.bits} bits, not {settings.bits}: ask for {plan.bits}, or let `glq plan --measured` "
             "allocate anew"
         )
+    if mixed and settings.codec != "auto":
+        raise GlqError(f"mixed rates take codecs of their own: leave out either mixed or the codec {settings.codec!r}")
     out = Path(out)
     refuse_existing(out)
     if tuning is not None:

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import glq.hf_integration  # noqa: F401
-from glq import GlqError, quantize
+from glq import GlqError, Settings, quantize
 from glq.checkpoint import inspect
 from glq.cli import app
 from glq.config import GlqConfig
@@ -349,3 +350,21 @@ def test_core_imports_without_extras():
         "else:\n    raise SystemExit('no')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_misspelt_layer_is_refused_before_work(refused, tiny_model, tiny_settings):
+    settings = replace(tiny_settings, layers=(("*.v_prj", "nested-4"),))
+    refused(
+        tiny_model, r"no layer matches '\*\.v_prj', which should take nested-4: there are 'model\.layers\.0\.", settings
+    )
+
+
+def test_mixed_rates_and_a_codec_exclude_each_other(tiny_model, text_file, tmp_path):
+    with pytest.raises(GlqError, match="leave out either mixed or the codec 'nested-4'"):
+        quantize(tiny_model, tmp_path / "out", Settings(bits=4, codec="nested-4"), calibration=text_file, mixed=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_of_less_than_a_window_says_so(refused, tiny_model, tmp_path):
+    (tmp_path / "few.txt").write_text("w1 w2 w3")
+    refused(tiny_model, "it has 3 tokens, a window takes 64", Settings(ctx=64), tmp_path / "few.txt")
