@@ -163,11 +163,10 @@ class Gpu:
         torch.cuda.current_stream(index)  # torch's context is the one
         Device(index).set_current()
         loaded = ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}{'a' * source.of_one_arch}")).get_kernel(name)
-        if shared > 48 * 1024:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)
-            if error != driver.CUresult.CUDA_SUCCESS:
-                raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
         return loaded
 
 

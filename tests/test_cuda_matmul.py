@@ -78,7 +78,7 @@ def test_every_number_of_tokens(tokens):
 def test_every_division_of_the_work(wr, wk, multiprocessors):
     plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, wr, wk, 8, 512, 1)
     check("trellis-4", 1, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
-    plan = replace(plan, tokens=5, block=0, early=False)
+    plan = replace(plan, tokens=5, block=0, ahead=2)
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
 
 

@@ -29,7 +29,8 @@ class Plan:
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
     blocks: int  # of threads, a multiprocessor
-    early: bool = True  # codes are requested before the kernel ahead is done
+    ahead: int = 1  # tiles whose codes are requested ahead
+    resident: int = 1  # blocks for which a multiprocessor has registers
 
     @property
     def token_tiles(self) -> int:
@@ -48,7 +49,7 @@ class Plan:
         """Bytes of shared memory a block."""
         warps = self.wr * self.wk
         scratch = 256 * warps if self.block else 0
-        sums = max(64 * self.tokens * warps, scratch) if self.wk > 1 else scratch
+        sums = max(68 * self.tokens * warps, scratch) if self.wk > 1 else scratch
         x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
         return 4 * (self.copies << self.codec.table_bits) + 4 * sums + x
 
@@ -64,7 +65,8 @@ class Plan:
             "BF16": int(self.dtype == torch.bfloat16),
             "SCALE": SCALES[self.scale],
             "BLOCK": self.block,
-            "EARLY": int(self.early),
+            "AHEAD": self.ahead,
+            "RESIDENT": self.resident,
         }
         return nvrtc.Source(
             ("ops/ptx.cuh", "ops/hadamard.cuh", "ops/tiles.cuh", "ops/decode.cu"), tuple(macros.items())

@@ -3,24 +3,68 @@
 // A unit is WR × WK tiles, one a warp: WR row tiles side by side, WK column tiles. Units in row-major order are cut into
 // as many equal runs as there are blocks. A block sums a run in registers; what the WK warps of a row have is added up in
 // shared memory, what the blocks of a row have in global memory, by the last block to arrive, always in the same order.
-// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for
-// one token; 0: x comes rotated, in tiles), EARLY (codes are requested before the kernel ahead is done).
-static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS;
+// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for one token; 0: x comes
+// rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it).
+static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
-static constexpr int X_STRIDE = 72;  // halves a token takes in a tile of x: 64, and 8 that keep banks apart
+static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
+static constexpr int SUM_STRIDE = 68;  // floats a token takes among a warp's sums: one for each row, and 4 for the same
+static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
+
+// ---- which units a block has ----
+
+struct Work {
+  int grid, units, per_row, row_tiles, col_tiles;
+
+  __device__ Work(int row_tiles, int col_tiles)
+      : grid(gridDim.x), per_row((col_tiles + WK - 1) / WK), row_tiles(row_tiles), col_tiles(col_tiles) {
+    units = (row_tiles + WR - 1) / WR * per_row;
+  }
+  __device__ int begin(int block) const { return (int)((long long)units * block / grid); }
+  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * grid - 1) / units); }
+};
+
+// A warp's tiles, unit after unit.
+struct Cursor {
+  const u8* tile;
+  int row, col, left;  // units until the end of the run
+
+  __device__ Cursor(const Work& work, const u8* codes, int unit, int end, int wr, int wk)
+      : row(unit / work.per_row * WR + wr), col(unit % work.per_row * WK + wk), left(end - unit) {
+    tile = codes + (size_t)(row * work.col_tiles + col) * TILE_BYTES;
+  }
+  __device__ __forceinline__ bool is_tile(const Work& work) const {
+    return left > 0 && row < work.row_tiles && col < work.col_tiles;
+  }
+  __device__ __forceinline__ void advance(const Work& work) {
+    --left;
+    col += WK;
+    tile += WK * TILE_BYTES;
+    if (col < work.per_row * WK) return;
+    const int skipped = work.per_row * WK - work.col_tiles;  // tiles that the last unit of a row lacks
+    col -= work.per_row * WK;
+    row += WR;
+    tile += (long long)((WR - 1) * work.col_tiles - skipped) * TILE_BYTES;
+  }
+};
 
 // ---- x ----
 
+// By the whole block; counted as one group.
+__device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
+  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy16_async(to + i, from + i);
+  commit_async();
+}
 #if BLOCK
-// One token into shared memory, in the order of its columns; of its chunks of 256 columns those from first to end, which are
-// whole blocks of the rotation. scratch: 256 floats a warp.
-__device__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int first, int end) {
+// One token into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
+// up to `end`; both are whole blocks of the rotation. scratch: SCRATCH floats.
+__device__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int chunks, int first, int end) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int start = first; start < end; start += AT_ONCE) {
-    const int col = (start + warp) * 256 + 8 * lane;
-    const bool mine = warp < AT_ONCE && start + warp < end;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
+  for (int start = 0; start < count; start += AT_ONCE) {
+    const int at = start + warp, chunk = at < chunks - first ? first + at : at - (chunks - first), col = chunk * 256 + 8 * lane;
+    const bool mine = warp < AT_ONCE && at < count;
     float v[8];
     if (mine) {
       load_signed(v, x, signs, col);
@@ -35,24 +79,30 @@ __device__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, i
     __syncthreads();
   }
 }
-#endif
-// By the whole block; counted as one group.
-__device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
-  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy16_async(to + i, from + i);
-  commit_async();
+// The columns that a run of units needs.
+__device__ __forceinline__ void rotate_for(const Work& work, int begin, int end, u16* xs, float* scratch, const u16* x, const u8* signs, int cols) {
+  constexpr int CHUNKS = BLOCK / 256;
+  const int from = begin % work.per_row, length = end - begin, chunks = cols / 256;
+  const int first = from * WK * 64 / BLOCK * CHUNKS;
+  const int past = (min(from + length, work.per_row) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;  // of the first row
+  const int wrapped = (max(from + length - work.per_row, 0) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;
+  rotate(xs, scratch, x, signs, min(past, chunks), first, wrapped);
 }
+#endif
 
 // ---- the product ----
 
-// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves.
-__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, int token_stride, u32 table) {
+// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves. used(s): the codes of step
+// s are.
+template <typename F>
+__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, const Table& table, F used) {
   #pragma unroll
   for (int s = 0; s < 4; ++s) {
     u32 ends[2];
     ends_of(ends, r, s);
     uint2 b[NT];
     #pragma unroll
-    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * token_stride + 4 * s);
+    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * 8 * X_STRIDE + 4 * s);
     #pragma unroll
     for (int m = 0; m < 4; ++m) {
       u32 a[4];
@@ -61,143 +111,154 @@ __device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, 
       #pragma unroll
       for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
     }
+    used(s);
   }
 }
 
-struct Work {  // which units a block has
-  int grid, units, per_row;
-  __device__ int begin(int block) const { return (int)((long long)units * block / grid); }
-  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * grid - 1) / units); }
-};
+// ---- sums ----
 
-// x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. partial: [grid][2][WR · 64 · tokens]; tickets: [row groups] zeros, which
-// they are again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-decode(const u8* codes, const u16* x, const u8* signs, const u16* table, const void* scale, u16* y, float* partial, u32* tickets,
+struct Output {
+  u16* y;
+  const void* scale;
+  int tokens, rows;
+
+  __device__ __forceinline__ void put(int token, int row, float sum) const {
+    if (row < rows) y[(size_t)token * rows + row] = to16(sum * load_scale(scale, row));
+  }
+  __device__ __forceinline__ void put4(int token, int row, float4 sum) const {
+    put(token, row, sum.x);
+    put(token, row + 1, sum.y);
+    put(token, row + 2, sum.z);
+    put(token, row + 3, sum.w);
+  }
+};
+__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
+
+// What the block has of a group of rows goes out, or, where it has not all of it, to partial [tokens][ROWS].
+__device__ __forceinline__ void put_sums(float (*acc)[NT][4], float* shared, float* partial, bool whole, int group, const Output& out) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK;
+  #pragma unroll
+  for (int m = 0; m < 4; ++m)
+    #pragma unroll
+    for (int n = 0; n < NT; ++n)
+      #pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = 16 * m + g + e / 2 * 8, token = 8 * n + 2 * t + e % 2;
+        if (token < out.tokens) {
+          if (WK > 1) shared[(warp * out.tokens + token) * SUM_STRIDE + row] = acc[m][n][e];
+          else if (whole) out.put(token, group * ROWS + wr * 64 + row, acc[m][n][e]);
+          else partial[token * ROWS + wr * 64 + row] = acc[m][n][e];
+        }
+        acc[m][n][e] = 0;
+      }
+  if (WK == 1) return;
+  __syncthreads();
+  for (int i = 4 * threadIdx.x; i < ROWS * out.tokens; i += 4 * THREADS) {
+    const int row = i % ROWS, token = i / ROWS;
+    float4 sum = {0, 0, 0, 0};
+    #pragma unroll
+    for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * out.tokens + token) * SUM_STRIDE + row % 64));
+    if (whole) out.put4(token, group * ROWS + row, sum);
+    else *(float4*)(partial + i) = sum;
+  }
+  __syncthreads();
+}
+// The blocks from first to last share a group of rows: the last one to arrive adds up what they have. slots: theirs, two a
+// block, of which `at` is the first block's.
+__device__ __forceinline__ void add_up(const float* slots, int at, int first, int last, u32* ticket, int group, const Output& out) {
+  __shared__ bool chosen;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    chosen = atomicAdd(ticket, 1) == (u32)(last - first);
+    if (chosen) *ticket = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!chosen) return;
+  const size_t slot = ROWS * out.tokens;
+  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {
+    const float* from = slots + i;
+    float4 sum = __ldcg((const float4*)(from + (2 * first + at) * slot));
+    #pragma unroll 4
+    for (int b = first + 1; b <= last; ++b) add(sum, __ldcg((const float4*)(from + 2 * b * slot)));
+    out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
+  }
+}
+
+// x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. partial: [grid][2][tokens][ROWS];
+// tickets: [row groups] zeros, which they are again at the end.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* partial, u32* tickets,
        int tokens, int rows, int cols, int row_tiles, int col_tiles) {
   extern __shared__ __align__(128) u8 memory[];
-  __shared__ bool last;
   let_next_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
-  const Work work{(int)gridDim.x, ((row_tiles + WR - 1) / WR) * ((col_tiles + WK - 1) / WK), (col_tiles + WK - 1) / WK};
+  const Work work(row_tiles, col_tiles);
+  const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
-  const int sums = 64 * tokens;                               // of one row tile
+  const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
   u32* const entries = (u32*)memory;
-  float* const shared_sums = (float*)(memory + (STRIDE << TABLE_BITS));                  // [WARPS][64 · tokens] if WK > 1; scratch of the rotation
-  constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;
-  u8* const xs = (u8*)(shared_sums + (WK > 1 ? max(WARPS * sums, SCRATCH) : SCRATCH));
-  const int held = NT == 1 ? tokens : 8 * NT;               // tokens in a tile of x
-  const int chunk_bytes = WK * held * X_STRIDE * 2;
+  float* const sums = (float*)(memory + (STRIDE << TABLE_BITS));  // [WARPS][tokens][SUM_STRIDE] if WK > 1; scratch of the rotation
+  u8* const xs = (u8*)(sums + (WK > 1 ? max(WARPS * tokens * SUM_STRIDE, SCRATCH) : SCRATCH));
 
-  auto tile_of = [&](int unit) -> const u8* {  // of this warp; null where it has none
-    const int row = unit / work.per_row * WR + wr, col = unit % work.per_row * WK + wk;
-    return row < row_tiles && col < col_tiles ? codes + (size_t)(row * col_tiles + col) * TILE_BYTES : nullptr;
-  };
-  auto stage = [&](int unit) {  // x of a unit on its way to shared memory
-#if !BLOCK
-    const int col = unit % work.per_row * WK;
-    copy_async(xs + (unit - begin) % 2 * chunk_bytes, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
-#endif
-  };
-  u32 now[REGS], next[REGS];
-  auto request = [&](u32* r, int unit) { if (unit < end) { const u8* tile = tile_of(unit); if (tile) load_codes(r, tile, lane); } };
-#if EARLY
-  request(now, begin);
-  request(next, begin + 1);
-#endif
-  for (int i = threadIdx.x; i < COPIES << TABLE_BITS; i += THREADS) entries[i] = ((const u32*)table)[i / COPIES];
-  wait_for_previous();
-#if !EARLY
-  request(now, begin);
-  request(next, begin + 1);
-#endif
-#if BLOCK
-  {
-    // only the columns that the run has, in whole blocks of the rotation
-    constexpr int CHUNKS = BLOCK / 256;
-    const int chunks = cols / 256, one = end - begin < work.per_row && begin % work.per_row < (end - 1) % work.per_row + 1 && begin / work.per_row == (end - 1) / work.per_row;
-    const int from = one ? begin % work.per_row * WK * 64 / BLOCK * CHUNKS : 0;
-    const int to = one ? min(chunks, (((end - 1) % work.per_row + 1) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS) : chunks;
-    rotate((u16*)xs, shared_sums, x, signs, from, to);
+  Cursor ahead(work, codes, begin, end, wr, wk);
+  u32 now[REGS], next[AHEAD == 2 ? REGS : 1];
+  bool is_tile = ahead.is_tile(work), next_is = false;
+  if (is_tile) load_codes(now, ahead.tile, lane);
+  ahead.advance(work);
+  if (AHEAD == 2) {
+    next_is = ahead.is_tile(work);
+    if (next_is) load_codes(next, ahead.tile, lane);
+    ahead.advance(work);
   }
+  fill_table(entries, table, THREADS);
+  wait_for_previous();
+#if BLOCK
+  rotate_for(work, begin, end, (u16*)xs, sums, x, signs, cols);
 #else
-  stage(begin);
+  const int stage_bytes = WK * held * X_STRIDE * 2;
+  auto stage = [&](int unit, int col) {  // x of a unit on its way to shared memory
+    copy_async(xs + (unit - begin) % 2 * stage_bytes, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
+  };
+  stage(begin, begin % work.per_row * WK);
+  __syncthreads();  // the table
 #endif
-  __syncthreads();
-  const u32 base = shared_address(entries) + 4 * (lane % COPIES);
+  const Table values(entries);
   float acc[4][NT][4];
   #pragma unroll
   for (int i = 0; i < 4 * NT * 4; ++i) (&acc[0][0][0])[i] = 0;
-  for (int unit = begin; unit < end; ++unit) {
-    const int group = unit / work.per_row, ku = unit % work.per_row;
-#if BLOCK
-    const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
-    constexpr int token_stride = 0;
-#else
-    wait_async();
-    __syncthreads();
-    if (unit + 1 < end) stage(unit + 1);
-    constexpr int token_stride = 8 * X_STRIDE;
-    const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * chunk_bytes) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
-#endif
-    if (tile_of(unit)) tile_product(acc, now, mine, token_stride, base);
-    #pragma unroll
-    for (int i = 0; i < REGS; ++i) now[i] = next[i];
-    request(next, unit + 2);
-    if (ku + 1 < work.per_row && unit + 1 < end) continue;
 
-    // the end of a row of tiles, or of the run
-    const int first_block = work.owner(group * work.per_row), last_block = work.owner((group + 1) * work.per_row - 1);
-    const bool whole = first_block == last_block;
-    const int slot = group == begin / work.per_row ? 0 : 1;
-    float* const out = partial + ((size_t)blockIdx.x * 2 + slot) * WR * sums;
-    auto finish = [&](int row, int token, float sum) {  // row of the group
-      const int at = group * WR * 64 + row;
-      if (at < rows) y[(size_t)token * rows + at] = to16(sum * load_scale(scale, at));
-    };
-    #pragma unroll
-    for (int m = 0; m < 4; ++m)
-      #pragma unroll
-      for (int n = 0; n < NT; ++n)
-        #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = 16 * m + g + e / 2 * 8, token = 8 * n + 2 * t + e % 2;
-          if (token < tokens) {
-            if (WK > 1) shared_sums[warp * sums + row * tokens + token] = acc[m][n][e];
-            else if (whole) finish(wr * 64 + row, token, acc[m][n][e]);
-            else out[wr * sums + row * tokens + token] = acc[m][n][e];
-          }
-          acc[m][n][e] = 0;
-        }
-    if (WK > 1) {
+  for (int unit = begin; unit < end;) {
+    const int group = unit / work.per_row, row_end = (group + 1) * work.per_row, stop = min(end, row_end);
+    for (int ku = unit - group * work.per_row; unit < stop; ++unit, ++ku) {
+#if BLOCK
+      const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
+#else
+      wait_async();
       __syncthreads();
-      for (int i = threadIdx.x; i < WR * sums; i += THREADS) {
-        const int w = i / sums, at = i % sums;
-        float sum = 0;
+      if (unit + 1 < end) stage(unit + 1, (unit + 1 < row_end ? ku + 1 : 0) * WK);
+      const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * stage_bytes) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
+#endif
+      if (AHEAD == 1) {
+        const bool more = ahead.is_tile(work);
+        if (is_tile) tile_product(acc, now, mine, values, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
+        else if (more) load_codes(now, ahead.tile, lane);
+        is_tile = more;
+      } else {
+        if (is_tile) tile_product(acc, now, mine, values, [](int) {});
         #pragma unroll
-        for (int k = 0; k < WK; ++k) sum += shared_sums[(w * WK + k) * sums + at];
-        if (whole) finish(w * 64 + at / tokens, at % tokens, sum);
-        else out[i] = sum;
+        for (int i = 0; i < REGS; ++i) now[i] = next[i % (AHEAD == 2 ? REGS : 1)];
+        is_tile = next_is;
+        next_is = ahead.is_tile(work);
+        if (next_is) load_codes(next, ahead.tile, lane);
       }
-      __syncthreads();
+      ahead.advance(work);
     }
-    if (whole) continue;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      last = atomicAdd(tickets + group, 1) == (u32)(last_block - first_block);
-      if (last) tickets[group] = 0;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!last) continue;
-    for (int i = threadIdx.x; i < WR * sums; i += THREADS) {
-      float sum = 0;
-      for (int b = first_block; b <= last_block; ++b) {
-        const int s = group == work.begin(b) / work.per_row ? 0 : 1;
-        sum += __ldcg(partial + ((size_t)b * 2 + s) * WR * sums + i);
-      }
-      finish(i / tokens, i % tokens, sum);
-    }
+    const int first = work.owner(group * work.per_row), last = work.owner(row_end - 1);
+    const int slot = group != begin / work.per_row;
+    const size_t slot_size = ROWS * tokens;
+    put_sums(acc, sums, partial + (2 * blockIdx.x + slot) * slot_size, first == last, group, out);
+    if (first < last) add_up(partial, group != work.begin(first) / work.per_row, first, last, tickets + group, group, out);
   }
 }

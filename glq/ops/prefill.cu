@@ -21,7 +21,7 @@ struct Ring {
 };
 
 // acc[m] += rows 16 (FIRST + m) … of the warp's row tile, all columns. While one warpgroup's products run, the other one decodes.
-template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[TOKENS / 2], const u8* tile, const Ring& ring, u32 table, int lane) {
+template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[TOKENS / 2], const u8* tile, const Ring& ring, const Table& table, int lane) {
   u32 now[REGS], next[REGS], a[4][2][4];
   load_codes(now, tile, lane);
   for (int c = 0; c < ring.tiles; ++c) {
@@ -55,14 +55,14 @@ template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[T
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of the fragments; codes, scale and y
 // as in decode.cu. A grid of token blocks × row blocks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-prefill(const u8* codes, const u16* x, const u16* table, const void* scale, u16* y, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
+prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
   u32* const entries = (u32*)(memory + STAGES * STAGE);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_token = blockIdx.x * TOKENS, first_tile = blockIdx.y * 4;
   let_next_start();
-  for (int i = threadIdx.x; i < COPIES << TABLE_BITS; i += THREADS) entries[i] = ((const u32*)table)[i / COPIES];
+  fill_table(entries, table, THREADS);
   const Ring ring{memory, full, empty, x + (size_t)first_token * 64, (size_t)padded * 64, col_tiles};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -76,12 +76,12 @@ prefill(const u8* codes, const u16* x, const u16* table, const void* scale, u16*
   __syncthreads();
   const int half = warp / 4, row_tile = min(first_tile + warp % 4, row_tiles - 1);
   const u8* const tile = codes + (size_t)row_tile * col_tiles * TILE_BYTES;
-  const u32 base = shared_address(entries) + 4 * (lane % COPIES);
+  const Table values(entries);
   float acc[2][TOKENS / 2];
   #pragma unroll
   for (int i = 0; i < TOKENS; ++i) (&acc[0][0])[i] = 0;
-  if (half == 0) multiply_row<0>(acc, tile, ring, base, lane);
-  else multiply_row<2>(acc, tile, ring, base, lane);
+  if (half == 0) multiply_row<0>(acc, tile, ring, values, lane);
+  else multiply_row<2>(acc, tile, ring, values, lane);
 
   __syncthreads();  // the last stages are read, too: out through their memory
   u16* const out = (u16*)memory;

@@ -13,11 +13,6 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
 // ---- memory ----
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ u32 load_shared(u32 at) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
-  return v;
-}
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {

@@ -4,7 +4,7 @@
 
 static constexpr int REGS = CODE_BITS / 4;  // of a lane's codes in a tile
 static constexpr int TILE_BYTES = 32 * CODE_BITS;
-static constexpr int STRIDE = 4 * COPIES;  // bytes from one table entry to the next
+static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the next
 static constexpr u32 HASH = 0x9E3779B1u * 0xFFFF0001u;  // of a state written twice: s · 65537 · HASH = s · 0x9E3779B1 mod 2^32
 
 // A lane's codes of one tile: pieces of 16, 8 and 4 bytes, the lanes' side by side.
@@ -14,6 +14,15 @@ __device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
   for (int i = 0; i < P16; ++i) load16(r + 4 * i, tile + 512 * i + 16 * lane);
   if (P8) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
   if (P4) load4(r + REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
+}
+// The pieces of which step s of the product (two words) used the last; r: now those of another tile.
+__device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int s) {
+  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
+  const int before = CODE_BITS * 2 * s / 32, done = s == 3 ? REGS : CODE_BITS * 2 * (s + 1) / 32;  // registers
+  #pragma unroll
+  for (int i = 0; i < P16; ++i) if (before < 4 * i + 4 && 4 * i + 4 <= done) load16(r + 4 * i, tile + 512 * i + 16 * lane);
+  if (P8 && before < 4 * P16 + 2 && 4 * P16 + 2 <= done) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
+  if (P4 && before < REGS && REGS <= done) load4(r + REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
 }
 // Bits `at` … at + 15 of a lane's string, low; what lies above is not masked.
 __device__ __forceinline__ u32 bits16(const u32* r, int at) {
@@ -27,12 +36,30 @@ __device__ __forceinline__ u32 twice(const u32* r, int at) {
   const u32 w = bits16(r, at);
   return prmt(w, w, 0x1010);
 }
-__device__ __forceinline__ u32 value(u32 state2, u32 table) {
+// The table in shared memory, and which bytes of an entry this lane reads.
+struct Table {
+  const u8* entries;
+  u32 mine;
+  __device__ __forceinline__ Table(const u32* from) : entries((const u8*)from), mine(4 * (threadIdx.x % COPIES)) {}
+};
+__device__ __forceinline__ u32 value(u32 state2, const Table& table) {
   const u32 h = state2 * HASH;
   constexpr u32 MASK = 0x7FFFu & ~((1u << (15 - TABLE_BITS)) - 1);  // where the entry lies in h
-  constexpr int LOW = 1 << (15 - TABLE_BITS);
-  const u32 at = LOW == STRIDE ? (h & MASK) | table : LOW < STRIDE ? (h & MASK) * (STRIDE / LOW) + table : ((h & MASK) / (LOW / STRIDE)) + table;
-  return load_shared(at) ^ (h & 0x80008000u);
+  constexpr u32 LOW = 1 << (15 - TABLE_BITS);
+  const u32 at = LOW <= STRIDE ? (h & MASK) * (STRIDE / LOW) : (h & MASK) / (LOW / STRIDE);
+  return *(const u32*)(table.entries + (at | table.mine)) ^ (h & 0x80008000u);
+}
+// By the whole block, which has `threads` of them.
+__device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
+  constexpr int EACH = 32 / COPIES;  // entries of which a warp writes all copies at once
+  const int lane = threadIdx.x % 32;
+  #pragma unroll 4
+  for (int e = threadIdx.x; e < 1 << TABLE_BITS; e += threads) {
+    const u32 entry = from[e];
+    #pragma unroll
+    for (int i = 0; i < COPIES; ++i)
+      entries[(e - lane) * COPIES + 32 * i + lane] = __shfl_sync(~0u, entry, EACH * i + lane / COPIES);
+  }
 }
 // Of words 2s and 2s + 1: the last 16 bits, and the first 16 of the word after it in the strip, which another lane has.
 __device__ __forceinline__ void ends_of(u32* ends, const u32* r, int s) {

@@ -24,6 +24,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x, y; };
 using std::max;
 using std::min;
@@ -53,7 +54,7 @@ static void __threadfence() {}
 
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
-static float __ldcg(const float* p) { return *p; }
+template <typename T> static T __ldcg(const T* p) { return *p; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 static u32 __funnelshift_r(u32 lo, u32 hi, int s) { return (u32)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
@@ -77,10 +78,6 @@ static u32 prmt(u32 a, u32 b, u32 s) {
   return r;
 }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
-static u32 load_shared(u32 at) {
-  if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
-  return *(u32*)(dynamic_shared + at);
-}
 static void load4(u32* r, const u8* p) { std::memcpy(r, p, 4); }
 static void load8(u32* r, const u8* p) { std::memcpy(r, p, 8); }
 static void load16(u32* r, const u8* p) { std::memcpy(r, p, 16); }
