@@ -10,7 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table
+from glq.ops.cuda_table import SCALES, device_table, table_bytes
 from glq.packed import PackedLinear
 
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
@@ -49,9 +49,9 @@ class Plan:
         """Bytes of shared memory a block."""
         warps = self.wr * self.wk
         scratch = 256 * warps if self.block else 0
-        sums = max(68 * self.tokens * warps, scratch) if self.wk > 1 else scratch
+        sums = max(68 * min(self.tokens, 8) * warps, scratch) if self.wk > 1 else scratch
         x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
-        return 4 * (self.copies << self.codec.table_bits) + 4 * sums + x
+        return table_bytes(self.codec, self.copies) + 4 * sums + x
 
     @property
     def source(self) -> nvrtc.Source:

@@ -9,7 +9,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table
+from glq.ops.cuda_table import SCALES, device_table, table_bytes
 from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
@@ -32,7 +32,7 @@ class Plan:
     def shared(self) -> int:
         """Bytes of shared memory a block."""
         ring = self.stages * self.tokens * 128
-        return max(ring + 4 * (self.copies << self.codec.table_bits), 2 * self.tokens * (_ROWS + 8))
+        return max(ring + table_bytes(self.codec, self.copies), 2 * self.tokens * (_ROWS + 8))
 
     @property
     def source(self) -> nvrtc.Source:

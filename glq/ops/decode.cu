@@ -14,14 +14,18 @@ static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rota
 // ---- which units a block has ----
 
 struct Work {
-  int grid, units, per_row, row_tiles, col_tiles;
+  int row_tiles, col_tiles, per_row, length, longer;  // `longer` blocks have length + 1 units, the others length
 
-  __device__ Work(int row_tiles, int col_tiles)
-      : grid(gridDim.x), per_row((col_tiles + WK - 1) / WK), row_tiles(row_tiles), col_tiles(col_tiles) {
-    units = (row_tiles + WR - 1) / WR * per_row;
+  __device__ Work(int row_tiles, int col_tiles) : row_tiles(row_tiles), col_tiles(col_tiles), per_row((col_tiles + WK - 1) / WK) {
+    const int units = (row_tiles + WR - 1) / WR * per_row;
+    length = units / gridDim.x;
+    longer = units % gridDim.x;
   }
-  __device__ int begin(int block) const { return (int)((long long)units * block / grid); }
-  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * grid - 1) / units); }
+  __device__ int begin(int block) const { return block * length + min(block, longer); }
+  __device__ int owner(int unit) const {
+    const int rest = unit - longer * (length + 1);
+    return rest < 0 ? unit / (length + 1) : longer + rest / length;
+  }
 };
 
 // A warp's tiles, unit after unit.
@@ -58,23 +62,26 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
 #if BLOCK
 // One token into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
 // up to `end`; both are whole blocks of the rotation. scratch: SCRATCH floats.
-__device__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int chunks, int first, int end) {
+__device__ __forceinline__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int chunks, int first, int end) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
+  auto chunk_of = [&](int at) { return at < chunks - first ? first + at : at - (chunks - first); };
+  #pragma unroll 1
   for (int start = 0; start < count; start += AT_ONCE) {
-    const int at = start + warp, chunk = at < chunks - first ? first + at : at - (chunks - first), col = chunk * 256 + 8 * lane;
-    const bool mine = warp < AT_ONCE && at < count;
-    float v[8];
-    if (mine) {
-      load_signed(v, x, signs, col);
+    if (warp < AT_ONCE && start + warp < count) {
+      float v[8];
+      load_signed(v, x, signs, chunk_of(start + warp) * 256 + 8 * lane);
       hadamard256(v, lane);
       leave(v, scratch + 256 * warp, lane);
     }
     __syncthreads();
-    if (mine) {
-      gather(v, scratch + 256 * (warp / CHUNKS * CHUNKS), CHUNKS, warp % CHUNKS, lane);
-      *(uint4*)(xs + col) = pack8(v, rsqrtf((float)BLOCK));
+    for (int i = threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += THREADS) {
+      float v[CHUNKS];
+      gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
+      u16* const to = xs + chunk_of(start + i / 256 * CHUNKS) * 256 + i % 256;
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * rsqrtf((float)BLOCK));
     }
     __syncthreads();
   }
@@ -95,7 +102,7 @@ __device__ __forceinline__ void rotate_for(const Work& work, int begin, int end,
 // acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves. used(s): the codes of step
 // s are.
 template <typename F>
-__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, const Table& table, F used) {
+__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 table, F used) {
   #pragma unroll
   for (int s = 0; s < 4; ++s) {
     u32 ends[2];
@@ -134,56 +141,71 @@ struct Output {
 };
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
 
-// What the block has of a group of rows goes out, or, where it has not all of it, to partial [tokens][ROWS].
+// What the block has of a group of rows goes out, or, where it has not all of it, to partial [tokens][ROWS]. shared: [WARPS][8 tokens at once][SUM_STRIDE] floats.
 __device__ __forceinline__ void put_sums(float (*acc)[NT][4], float* shared, float* partial, bool whole, int group, const Output& out) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK, at_once = min(out.tokens, 8);
   #pragma unroll
-  for (int m = 0; m < 4; ++m)
+  for (int n = 0; n < NT; ++n) {
     #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int m = 0; m < 4; ++m)
       #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = 16 * m + g + e / 2 * 8, token = 8 * n + 2 * t + e % 2;
-        if (token < out.tokens) {
-          if (WK > 1) shared[(warp * out.tokens + token) * SUM_STRIDE + row] = acc[m][n][e];
-          else if (whole) out.put(token, group * ROWS + wr * 64 + row, acc[m][n][e]);
-          else partial[token * ROWS + wr * 64 + row] = acc[m][n][e];
+        const int row = 16 * m + g + e / 2 * 8, token = 2 * t + e % 2;
+        if (8 * n + token < out.tokens) {
+          if (WK > 1) shared[(warp * at_once + token) * SUM_STRIDE + row] = acc[m][n][e];
+          else if (whole) out.put(8 * n + token, group * ROWS + wr * 64 + row, acc[m][n][e]);
+          else partial[(8 * n + token) * ROWS + wr * 64 + row] = acc[m][n][e];
         }
         acc[m][n][e] = 0;
       }
-  if (WK == 1) return;
-  __syncthreads();
-  for (int i = 4 * threadIdx.x; i < ROWS * out.tokens; i += 4 * THREADS) {
-    const int row = i % ROWS, token = i / ROWS;
-    float4 sum = {0, 0, 0, 0};
-    #pragma unroll
-    for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * out.tokens + token) * SUM_STRIDE + row % 64));
-    if (whole) out.put4(token, group * ROWS + row, sum);
-    else *(float4*)(partial + i) = sum;
+    if (WK == 1) continue;
+    __syncthreads();
+    for (int i = 4 * threadIdx.x; i < ROWS * min(out.tokens - 8 * n, 8); i += 4 * THREADS) {
+      const int row = i % ROWS, token = i / ROWS;
+      float4 sum = {0, 0, 0, 0};
+      #pragma unroll
+      for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * SUM_STRIDE + row % 64));
+      if (whole) out.put4(8 * n + token, group * ROWS + row, sum);
+      else *(float4*)(partial + 8 * n * ROWS + i) = sum;
+    }
+    __syncthreads();
   }
-  __syncthreads();
 }
-// The blocks from first to last share a group of rows: the last one to arrive adds up what they have. slots: theirs, two a
-// block, of which `at` is the first block's.
-__device__ __forceinline__ void add_up(const float* slots, int at, int first, int last, u32* ticket, int group, const Output& out) {
-  __shared__ bool chosen;
-  __threadfence();
+// The blocks that have a part of a group of rows.
+struct Group {
+  int group, first, last;
+
+  __device__ Group(const Work& work, int group)
+      : group(group), first(work.owner(group * work.per_row)), last(work.owner((group + 1) * work.per_row - 1)) {}
+  __device__ int blocks() const { return last - first + 1; }
+  // By one thread of each: whether it is the last of several.
+  __device__ bool arrive(u32* tickets) const {
+    if (first == last || add_ticket(tickets + group) < (u32)(last - first)) return false;
+    tickets[group] = 0;
+    return true;
+  }
+  // What they all have, by the last one, always in the same order.
+  __device__ void add_up(const Work& work, const float* partial, const Output& out) const {
+    const int slot = ROWS * out.tokens, at = work.begin(first) < group * work.per_row;  // of the first block's two
+    for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {
+      float4 sum = __ldcg((const float4*)(partial + (size_t)(2 * first + at) * slot + i));
+      #pragma unroll 4
+      for (int b = first + 1; b <= last; ++b) add(sum, __ldcg((const float4*)(partial + (size_t)2 * b * slot + i)));
+      out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
+    }
+  }
+};
+// A run shares with other blocks only the first and the last of its groups.
+__device__ __forceinline__ void finish(const Work& work, int head, int tail, const float* partial, u32* tickets, const Output& out) {
+  __shared__ bool chosen[2];
   __syncthreads();
   if (threadIdx.x == 0) {
-    chosen = atomicAdd(ticket, 1) == (u32)(last - first);
-    if (chosen) *ticket = 0;
-    __threadfence();
+    chosen[0] = Group(work, head).arrive(tickets);
+    chosen[1] = tail > head && Group(work, tail).arrive(tickets);
   }
   __syncthreads();
-  if (!chosen) return;
-  const size_t slot = ROWS * out.tokens;
-  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {
-    const float* from = slots + i;
-    float4 sum = __ldcg((const float4*)(from + (2 * first + at) * slot));
-    #pragma unroll 4
-    for (int b = first + 1; b <= last; ++b) add(sum, __ldcg((const float4*)(from + 2 * b * slot)));
-    out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
-  }
+  #pragma unroll 1
+  for (int i = 0; i < 2; ++i) if (chosen[i]) Group(work, i ? tail : head).add_up(work, partial, out);
 }
 
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. partial: [grid][2][tokens][ROWS];
@@ -198,9 +220,9 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
-  u32* const entries = (u32*)memory;
-  float* const sums = (float*)(memory + (STRIDE << TABLE_BITS));  // [WARPS][tokens][SUM_STRIDE] if WK > 1; scratch of the rotation
-  u8* const xs = (u8*)(sums + (WK > 1 ? max(WARPS * tokens * SUM_STRIDE, SCRATCH) : SCRATCH));
+  u32* const entries = (u32*)place_table(memory);
+  float* const sums = (float*)((u8*)entries + TABLE_BYTES);  // of put_sums if WK > 1; scratch of the rotation
+  u8* const xs = (u8*)(sums + (WK > 1 ? max(WARPS * min(tokens, 8) * SUM_STRIDE, SCRATCH) : SCRATCH));
 
   Cursor ahead(work, codes, begin, end, wr, wk);
   u32 now[REGS], next[AHEAD == 2 ? REGS : 1];
@@ -224,7 +246,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   stage(begin, begin % work.per_row * WK);
   __syncthreads();  // the table
 #endif
-  const Table values(entries);
+  const u32 values = address_table(entries);
   float acc[4][NT][4];
   #pragma unroll
   for (int i = 0; i < 4 * NT * 4; ++i) (&acc[0][0][0])[i] = 0;
@@ -255,10 +277,8 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       }
       ahead.advance(work);
     }
-    const int first = work.owner(group * work.per_row), last = work.owner(row_end - 1);
     const int slot = group != begin / work.per_row;
-    const size_t slot_size = ROWS * tokens;
-    put_sums(acc, sums, partial + (2 * blockIdx.x + slot) * slot_size, first == last, group, out);
-    if (first < last) add_up(partial, group != work.begin(first) / work.per_row, first, last, tickets + group, group, out);
+    put_sums(acc, sums, partial + (2 * blockIdx.x + slot) * (size_t)(ROWS * tokens), Group(work, group).blocks() == 1, group, out);
   }
+  finish(work, begin / work.per_row, (end - 1) / work.per_row, partial, tickets, out);
 }

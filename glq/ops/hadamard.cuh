@@ -20,24 +20,17 @@ __device__ __forceinline__ void hadamard256(float* v, int lane) {
     #pragma unroll
     for (int i = 0; i < 8; ++i) { const float o = __shfl_xor_sync(~0u, v[i], h); v[i] = lane & h ? o - v[i] : o + v[i]; }
 }
-// A chunk for the warps that have the others of its block: 256 floats.
+// A chunk for who has the others of its block, in the order of its columns.
 __device__ __forceinline__ void leave(const float* v, float* scratch, int lane) {
-  #pragma unroll
-  for (int i = 0; i < 8; ++i) scratch[32 * i + lane] = v[i];
+  *(float4*)(scratch + 8 * lane) = make_float4(v[0], v[1], v[2], v[3]);
+  *(float4*)(scratch + 8 * lane + 4) = make_float4(v[4], v[5], v[6], v[7]);
 }
-// The transform across `chunks` of them, one after the other in scratch, as far as it is chunk `me`.
-__device__ __forceinline__ void gather(float* v, const float* scratch, int chunks, int me, int lane) {
+// One column of COUNT chunks, transformed across them.
+template <int COUNT> __device__ __forceinline__ void gather(float* v, const float* scratch) {
   #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = 0;
-  for (int c = 0; c < chunks; ++c) {
-    const bool minus = __popc(c & me) & 1;
+  for (int c = 0; c < COUNT; ++c) v[c] = scratch[256 * c];
+  #pragma unroll
+  for (int h = 1; h < COUNT; h *= 2)
     #pragma unroll
-    for (int i = 0; i < 8; ++i) { const float o = scratch[256 * c + 32 * i + lane]; v[i] += minus ? -o : o; }
-  }
-}
-__device__ __forceinline__ uint4 pack8(const float* v, float factor) {
-  u32 r[4];
-  #pragma unroll
-  for (int i = 0; i < 4; ++i) r[i] = (u32)to16(v[2 * i] * factor) | (u32)to16(v[2 * i + 1] * factor) << 16;
-  return make_uint4(r[0], r[1], r[2], r[3]);
+    for (int c = 0; c < COUNT; ++c) if (!(c & h)) { const float a = v[c], b = v[c | h]; v[c] = a + b; v[c | h] = a - b; }
 }

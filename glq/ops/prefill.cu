@@ -21,7 +21,7 @@ struct Ring {
 };
 
 // acc[m] += rows 16 (FIRST + m) … of the warp's row tile, all columns. While one warpgroup's products run, the other one decodes.
-template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[TOKENS / 2], const u8* tile, const Ring& ring, const Table& table, int lane) {
+template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[TOKENS / 2], const u8* tile, const Ring& ring, u32 table, int lane) {
   u32 now[REGS], next[REGS], a[4][2][4];
   load_codes(now, tile, lane);
   for (int c = 0; c < ring.tiles; ++c) {
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
-  u32* const entries = (u32*)(memory + STAGES * STAGE);
+  u32* const entries = (u32*)place_table(memory + STAGES * STAGE);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_token = blockIdx.x * TOKENS, first_tile = blockIdx.y * 4;
   let_next_start();
@@ -76,7 +76,7 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
   __syncthreads();
   const int half = warp / 4, row_tile = min(first_tile + warp % 4, row_tiles - 1);
   const u8* const tile = codes + (size_t)row_tile * col_tiles * TILE_BYTES;
-  const Table values(entries);
+  const u32 values = address_table(entries);
   float acc[2][TOKENS / 2];
   #pragma unroll
   for (int i = 0; i < TOKENS; ++i) (&acc[0][0])[i] = 0;

@@ -9,10 +9,16 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(s));
   return r;
 }
+__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instruction, which the compiler makes two of
+  u32 r;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 
 // ---- memory ----
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ u32 load_shared(u32 at) { return *(const u32*)__cvta_shared_to_generic(at); }
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {
@@ -26,6 +32,13 @@ __device__ __forceinline__ void copy16_async(void* to, const void* from) {
 }
 __device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Adds 1, and gives what was there. What this block wrote before its barrier is seen by who gets a later number, and his block.
+__device__ __forceinline__ u32 add_ticket(u32* ticket) {
+  u32 v;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(ticket) : "memory");
+  return v;
+}
 
 // ---- numbers ----
 

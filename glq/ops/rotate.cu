@@ -1,6 +1,7 @@
 // The rotation of x, in a launch of its own, and the order in which the kernels want it.
-// Macros, besides those of ptx.cuh: FOR_WGMMA: rows of 64 columns, ordered as the fragments and swizzled, for prefill.cu;
-// else rows of 72, for decode.cu, of which the last 8 keep banks apart.
+// Macros, besides those of ptx.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks);
+// FOR_WGMMA: rows of 64 columns, ordered as the fragments and swizzled, for prefill.cu; else rows of 72, for decode.cu, of
+// which the last 8 keep banks apart.
 
 static constexpr int X_STRIDE = FOR_WGMMA ? 64 : 72;
 
@@ -56,29 +57,25 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = 0;
 }
 
-// The same where width is 256, 512, 1,024 or 2,048: one warp for 256 columns.
-extern "C" __global__ void __launch_bounds__(256)
-rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols, int width) {
-  extern __shared__ __align__(128) float values[];
+// The same where width is 256 · CHUNKS, a power of two: one warp for 256 columns.
+extern "C" __global__ void __launch_bounds__(32 * CHUNKS)
+rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
+  __shared__ __align__(16) float values[256 * CHUNKS];
   let_next_start();
-  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = width / 256;
-  const int col = blockIdx.y * width + 256 * warp + 8 * lane;
+  const int token = blockIdx.x, start = blockIdx.y * 256 * CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float v[8];
   wait_for_previous();
-  load_signed(v, x + (size_t)token * cols, signs, col);
+  load_signed(v, x + (size_t)token * cols, signs, start + 256 * warp + 8 * lane);
   hadamard256(v, lane);
-  if (chunks > 1) {
-    leave(v, values + 256 * warp, lane);
-    __syncthreads();
-    gather(v, values, chunks, warp, lane);
+  leave(v, values + 256 * warp, lane);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
+    float w[CHUNKS];
+    gather<CHUNKS>(w, values + i);
+    #pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int col = start + 256 * c + i;
+      out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = to16(w[c] * rsqrtf(256.0f * CHUNKS));
+    }
   }
-  const uint4 packed = pack8(v, rsqrtf((float)width));
-  u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
-#if FOR_WGMMA
-  const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-  #pragma unroll
-  for (int i = 0; i < 4; ++i) *(u32*)(row + place(col % 64 + 2 * i, token)) = pairs[i];
-#else
-  *(uint4*)(row + col % 64) = packed;
-#endif
 }

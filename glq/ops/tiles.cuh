@@ -36,29 +36,35 @@ __device__ __forceinline__ u32 twice(const u32* r, int at) {
   const u32 w = bits16(r, at);
   return prmt(w, w, 0x1010);
 }
-// The table in shared memory, and which bytes of an entry this lane reads.
-struct Table {
-  const u8* entries;
-  u32 mine;
-  __device__ __forceinline__ Table(const u32* from) : entries((const u8*)from), mine(4 * (threadIdx.x % COPIES)) {}
-};
-__device__ __forceinline__ u32 value(u32 state2, const Table& table) {
-  const u32 h = state2 * HASH;
-  constexpr u32 MASK = 0x7FFFu & ~((1u << (15 - TABLE_BITS)) - 1);  // where the entry lies in h
-  constexpr u32 LOW = 1 << (15 - TABLE_BITS);
-  const u32 at = LOW <= STRIDE ? (h & MASK) * (STRIDE / LOW) : (h & MASK) / (LOW / STRIDE);
-  return *(const u32*)(table.entries + (at | table.mine)) ^ (h & 0x80008000u);
+// Where a hash has the entry as it is addressed, the table is aligned to its size: an OR makes the address.
+static constexpr u32 LOW = 1 << (15 - TABLE_BITS), TABLE_BYTES = STRIDE << TABLE_BITS;
+__device__ __forceinline__ u8* place_table(u8* memory) {
+  return LOW == STRIDE ? memory + (-shared_address(memory) & (TABLE_BYTES - 1)) : memory;
 }
-// By the whole block, which has `threads` of them.
+// The address of the table in shared memory, for the copies that this lane reads.
+__device__ __forceinline__ u32 address_table(const u32* entries) {
+  u32 at = shared_address(entries) + 4 * (threadIdx.x % COPIES);
+  asm("" : "+r"(at));  // a value that the compiler does not take apart again for every entry
+  return at;
+}
+__device__ __forceinline__ u32 value(u32 state2, u32 table) {
+  const u32 h = state2 * HASH;
+  constexpr u32 MASK = 0x7FFFu & ~(LOW - 1);  // where the entry lies in h
+  const u32 at = LOW == STRIDE ? (h & MASK) | table : LOW < STRIDE ? multiply_add(h & MASK, STRIDE / LOW, table) : (h & MASK) / (LOW / STRIDE) + table;
+  return load_shared(at) ^ (h & 0x80008000u);
+}
+// By the whole block, which has `threads` of them: a warp writes all copies of 32 entries, 16 bytes a lane.
 __device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
-  constexpr int EACH = 32 / COPIES;  // entries of which a warp writes all copies at once
+  constexpr int PIECES = COPIES / 4;  // of an entry
   const int lane = threadIdx.x % 32;
-  #pragma unroll 4
+  #pragma unroll 2
   for (int e = threadIdx.x; e < 1 << TABLE_BITS; e += threads) {
     const u32 entry = from[e];
     #pragma unroll
-    for (int i = 0; i < COPIES; ++i)
-      entries[(e - lane) * COPIES + 32 * i + lane] = __shfl_sync(~0u, entry, EACH * i + lane / COPIES);
+    for (int i = 0; i < PIECES; ++i) {
+      const u32 v = __shfl_sync(~0u, entry, (32 * i + lane) / PIECES);
+      *(uint4*)(entries + (e - lane) * COPIES + 4 * (32 * i + lane)) = make_uint4(v, v, v, v);
+    }
   }
 }
 // Of words 2s and 2s + 1: the last 16 bits, and the first 16 of the word after it in the strip, which another lane has.

@@ -40,7 +40,7 @@ class Emulator:
 def _library(source):
     texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
     code = "\n".join(texts)
-    code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic_shared;", code)
+    code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + 1024);", code)
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
     text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

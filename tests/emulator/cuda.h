@@ -50,10 +50,10 @@ static void fail(const char* what) {
 }
 static void __syncthreads() { pause_as(AT_BARRIER); }
 static void sync_warp() { pause_as(IN_WARP); }
-static void __threadfence() {}
 
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
+static u32 add_ticket(u32* p) { return (*p)++; }
 template <typename T> static T __ldcg(const T* p) { return *p; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
@@ -77,7 +77,12 @@ static u32 prmt(u32 a, u32 b, u32 s) {
   for (int i = 0; i < 4; ++i) r |= (u32)(((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
+static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
+static u32 load_shared(u32 at) {
+  if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
+  return *(u32*)(dynamic_shared + at);
+}
 static void load4(u32* r, const u8* p) { std::memcpy(r, p, 4); }
 static void load8(u32* r, const u8* p) { std::memcpy(r, p, 8); }
 static void load16(u32* r, const u8* p) { std::memcpy(r, p, 16); }
