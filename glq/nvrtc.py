@@ -15,8 +15,8 @@ from torch import Tensor
 
 from glq.errors import GlqError
 
-_TICKETS = 8192  # at least
-_KEPT = 64  # sets of them: of streams and captures lately used
+_EXCHANGE = 1 << 16  # floats at least
+_KEPT = 64  # exchanges: of streams and captures lately used
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class Launcher(Protocol):
         waits for that by itself (griddepcontrol).
         """
 
-    def tickets(self, count: int) -> Tensor:
-        """[≥ count] int32 zeros, by which the blocks of a kernel count who is done; it has to leave zeros behind."""
+    def exchange(self, count: int) -> Tensor:
+        """[≥ count] fp32 whose bits are all ones, in which the blocks of a kernel hand each other sums.
+
+        The kernel has to leave it as it was.
+        """
 
 
 class Gpu:
@@ -113,7 +116,7 @@ class Gpu:
         self.multiprocessors: int = properties.multi_processor_count
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
-        self._zeros: dict[tuple[int, int], Tensor] = {}  # by stream and capture
+        self._exchanges: dict[tuple[int, int], Tensor] = {}  # by stream and capture
 
     def launch(
         self,
@@ -140,19 +143,20 @@ class Gpu:
             values = [a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in arguments]
             run(stream, config, self._kernels[key], *values)
 
-    def tickets(self, count: int) -> Tensor:
-        """As Launcher.tickets.
+    def exchange(self, count: int) -> Tensor:
+        """As Launcher.exchange.
 
-        What runs at the same time must not share them: each stream has its own, and each capture of a CUDA graph, too,
-        whose replays begin by clearing them.
+        What runs at the same time must not share it: each stream has its own, and each capture of a CUDA graph, too,
+        whose replays begin by filling it.
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream
         key = (stream, _capture_id(stream))
-        found = self._zeros.get(key)
+        found = self._exchanges.get(key)
         if found is None or len(found) < count:
-            if len(self._zeros) >= _KEPT:
-                del self._zeros[next(iter(self._zeros))]
-            found = self._zeros[key] = torch.zeros(max(count, _TICKETS), dtype=torch.int32, device=self._device)
+            if len(self._exchanges) >= _KEPT:
+                del self._exchanges[next(iter(self._exchanges))]
+            ones = torch.full((max(count, _EXCHANGE),), -1, dtype=torch.int32, device=self._device)
+            found = self._exchanges[key] = ones.view(torch.float32)
         return found
 
     def _load(self, source: Source, name: str, shared: int) -> Any:

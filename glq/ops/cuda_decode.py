@@ -49,7 +49,7 @@ class Plan:
         """Bytes of shared memory a block."""
         warps = self.wr * self.wk
         scratch = 256 * warps if self.block else 0
-        sums = max(68 * min(self.tokens, 8) * warps, scratch) if self.wk > 1 else scratch
+        sums = max(68 * min(self.tokens, 8) * warps, scratch)
         x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
         return table_bytes(self.codec, self.copies) + 4 * sums + x
 
@@ -97,24 +97,17 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     assert isinstance(trellis, Trellis)
     plan = plan or make_plan(trellis, x.dtype, weight.scale.dtype, tokens, in_features, weight.block)
     row_tiles, col_tiles, _ = weight.codes.shape
-    groups = -(-row_tiles // plan.wr)
-    grid = min(groups * -(-col_tiles // plan.wk), plan.blocks * gpu.multiprocessors)
+    units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
+    grid = min(units, plan.blocks * gpu.multiprocessors)
     x = x.contiguous()
     if not plan.block:
         x = rotate_tiles(x, weight.signs, weight.block, plan.held, False, gpu)
     y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
-    partial = torch.empty(grid * 2 * plan.wr * 64 * tokens, dtype=torch.float32, device=x.device)
-    tensors = (
-        weight.codes,
-        x,
-        weight.signs,
-        device_table(trellis, x.device, x.dtype),
-        weight.scale,
-        y,
-        partial,
-        gpu.tickets(groups),
-    )
-    sizes = (tokens, weight.out_features, in_features, row_tiles, col_tiles)
+    sums = grid * plan.wr * 64 * tokens
+    own = torch.empty(sums, dtype=torch.float32, device=x.device)
+    table = device_table(trellis, x.device, x.dtype)
+    tensors = (weight.codes, x, weight.signs, table, weight.scale, y, gpu.exchange(sums), own)
+    sizes = (tokens, weight.out_features, in_features, row_tiles, col_tiles, units // grid, units % grid)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y
 

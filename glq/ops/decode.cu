@@ -1,10 +1,13 @@
 // y = (R x) Vᵀ · scale for a few tokens, V in trellis codes: warps decode tiles of 64 × 64 straight into mma fragments.
 //
 // A unit is WR × WK tiles, one a warp: WR row tiles side by side, WK column tiles. Units in row-major order are cut into
-// as many equal runs as there are blocks. A block sums a run in registers; what the WK warps of a row have is added up in
-// shared memory, what the blocks of a row have in global memory, by the last block to arrive, always in the same order.
+// as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
+// have. Where a run ends inside a group of rows, its part goes to the block that has the group's end, through memory that is
+// full of EMPTY before and after: no counters, no fences, and always the same order of sums. That block waits only for
+// blocks before it, which the GPU started earlier.
 // Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for one token; 0: x comes
-// rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it).
+// rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it,
+// too), RESIDENT (blocks for which a multiprocessor has registers).
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
 static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
@@ -14,15 +17,10 @@ static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rota
 // ---- which units a block has ----
 
 struct Work {
-  int row_tiles, col_tiles, per_row, length, longer;  // `longer` blocks have length + 1 units, the others length
+  int row_tiles, col_tiles, per_row, length, longer;  // the first `longer` blocks have length + 1 units, the others length
 
-  __device__ Work(int row_tiles, int col_tiles) : row_tiles(row_tiles), col_tiles(col_tiles), per_row((col_tiles + WK - 1) / WK) {
-    const int units = (row_tiles + WR - 1) / WR * per_row;
-    length = units / gridDim.x;
-    longer = units % gridDim.x;
-  }
-  __device__ int begin(int block) const { return block * length + min(block, longer); }
-  __device__ int owner(int unit) const {
+  __device__ __forceinline__ int begin(int block) const { return block * length + min(block, longer); }
+  __device__ __forceinline__ int owner(int unit) const {
     const int rest = unit - longer * (length + 1);
     return rest < 0 ? unit / (length + 1) : longer + rest / length;
   }
@@ -141,9 +139,10 @@ struct Output {
 };
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
 
-// What the block has of a group of rows goes out, or, where it has not all of it, to partial [tokens][ROWS]. shared: [WARPS][8 tokens at once][SUM_STRIDE] floats.
-__device__ __forceinline__ void put_sums(float (*acc)[NT][4], float* shared, float* partial, bool whole, int group, const Output& out) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK, at_once = min(out.tokens, 8);
+// The sums that the block has of a group of rows, added up over its warps: put(token, row, 4 rows' sums).
+// shared: [WARPS][8 tokens at once][SUM_STRIDE] floats.
+template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT][4], float* shared, int tokens, int warp, F put) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, at_once = min(tokens, 8);
   #pragma unroll
   for (int n = 0; n < NT; ++n) {
     #pragma unroll
@@ -151,78 +150,49 @@ __device__ __forceinline__ void put_sums(float (*acc)[NT][4], float* shared, flo
       #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = 16 * m + g + e / 2 * 8, token = 2 * t + e % 2;
-        if (8 * n + token < out.tokens) {
-          if (WK > 1) shared[(warp * at_once + token) * SUM_STRIDE + row] = acc[m][n][e];
-          else if (whole) out.put(8 * n + token, group * ROWS + wr * 64 + row, acc[m][n][e]);
-          else partial[(8 * n + token) * ROWS + wr * 64 + row] = acc[m][n][e];
-        }
+        if (8 * n + token < tokens) shared[(warp * at_once + token) * SUM_STRIDE + row] = acc[m][n][e];
         acc[m][n][e] = 0;
       }
-    if (WK == 1) continue;
     __syncthreads();
-    for (int i = 4 * threadIdx.x; i < ROWS * min(out.tokens - 8 * n, 8); i += 4 * THREADS) {
+    for (int i = 4 * threadIdx.x; i < ROWS * min(tokens - 8 * n, 8); i += 4 * THREADS) {
       const int row = i % ROWS, token = i / ROWS;
       float4 sum = {0, 0, 0, 0};
       #pragma unroll
       for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * SUM_STRIDE + row % 64));
-      if (whole) out.put4(8 * n + token, group * ROWS + row, sum);
-      else *(float4*)(partial + 8 * n * ROWS + i) = sum;
+      put(8 * n + token, row, sum);
     }
     __syncthreads();
   }
 }
-// The blocks that have a part of a group of rows.
-struct Group {
-  int group, first, last;
+// What blocks hand each other. A float that is EMPTY is not there yet.
+static constexpr u32 EMPTY = ~0u;  // a NaN that no instruction makes
 
-  __device__ Group(const Work& work, int group)
-      : group(group), first(work.owner(group * work.per_row)), last(work.owner((group + 1) * work.per_row - 1)) {}
-  __device__ int blocks() const { return last - first + 1; }
-  // By one thread of each: whether it is the last of several.
-  __device__ bool arrive(u32* tickets) const {
-    if (first == last || add_ticket(tickets + group) < (u32)(last - first)) return false;
-    tickets[group] = 0;
-    return true;
-  }
-  // What they all have, by the last one, always in the same order.
-  __device__ void add_up(const Work& work, const float* partial, const Output& out) const {
-    const int slot = ROWS * out.tokens, at = work.begin(first) < group * work.per_row;  // of the first block's two
-    for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {
-      float4 sum = __ldcg((const float4*)(partial + (size_t)(2 * first + at) * slot + i));
-      #pragma unroll 4
-      for (int b = first + 1; b <= last; ++b) add(sum, __ldcg((const float4*)(partial + (size_t)2 * b * slot + i)));
-      out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
-    }
-  }
-};
-// A run shares with other blocks only the first and the last of its groups.
-__device__ __forceinline__ void finish(const Work& work, int head, int tail, const float* partial, u32* tickets, const Output& out) {
-  __shared__ bool chosen[2];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    chosen[0] = Group(work, head).arrive(tickets);
-    chosen[1] = tail > head && Group(work, tail).arrive(tickets);
-  }
-  __syncthreads();
-  #pragma unroll 1
-  for (int i = 0; i < 2; ++i) if (chosen[i]) Group(work, i ? tail : head).add_up(work, partial, out);
+__device__ __forceinline__ void hand_over(float* to, float4 v) {
+  const u32 words[4] = {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+  store_shared_by_gpu(to, min(words[0], EMPTY - 1), min(words[1], EMPTY - 1), min(words[2], EMPTY - 1), min(words[3], EMPTY - 1));
+}
+__device__ __forceinline__ float4 take_over(float* from) {
+  uint4 v;
+  do v = load_shared_by_gpu(from); while (v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY);
+  store_shared_by_gpu(from, EMPTY, EMPTY, EMPTY, EMPTY);
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
-// x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. partial: [grid][2][tokens][ROWS];
-// tickets: [row groups] zeros, which they are again at the end.
+// x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
+// handed is EMPTY, and is so again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* partial, u32* tickets,
-       int tokens, int rows, int cols, int row_tiles, int col_tiles) {
+decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
+       int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
   extern __shared__ __align__(128) u8 memory[];
   let_next_start();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
-  const Work work(row_tiles, col_tiles);
+  const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
+  const Work work{row_tiles, col_tiles, (col_tiles + WK - 1) / WK, length, longer};
   const Output out{y, scale, tokens, rows};
-  const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
+  const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), slot = ROWS * tokens;
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
   u32* const entries = (u32*)place_table(memory);
-  float* const sums = (float*)((u8*)entries + TABLE_BYTES);  // of put_sums if WK > 1; scratch of the rotation
-  u8* const xs = (u8*)(sums + (WK > 1 ? max(WARPS * min(tokens, 8) * SUM_STRIDE, SCRATCH) : SCRATCH));
+  float* const sums = (float*)((u8*)entries + TABLE_BYTES);  // of take_sums; scratch of the rotation
+  u8* const xs = (u8*)(sums + max(WARPS * min(tokens, 8) * SUM_STRIDE, SCRATCH));
 
   Cursor ahead(work, codes, begin, end, wr, wk);
   u32 now[REGS], next[AHEAD == 2 ? REGS : 1];
@@ -235,6 +205,8 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
     ahead.advance(work);
   }
   fill_table(entries, table, THREADS);
+  int group = begin / work.per_row, ku = begin - group * work.per_row;
+  const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
   wait_for_previous();
 #if BLOCK
   rotate_for(work, begin, end, (u16*)xs, sums, x, signs, cols);
@@ -243,7 +215,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   auto stage = [&](int unit, int col) {  // x of a unit on its way to shared memory
     copy_async(xs + (unit - begin) % 2 * stage_bytes, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
   };
-  stage(begin, begin % work.per_row * WK);
+  stage(begin, ku * WK);
   __syncthreads();  // the table
 #endif
   const u32 values = address_table(entries);
@@ -251,15 +223,15 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   #pragma unroll
   for (int i = 0; i < 4 * NT * 4; ++i) (&acc[0][0][0])[i] = 0;
 
-  for (int unit = begin; unit < end;) {
-    const int group = unit / work.per_row, row_end = (group + 1) * work.per_row, stop = min(end, row_end);
-    for (int ku = unit - group * work.per_row; unit < stop; ++unit, ++ku) {
+  bool later = false;
+  for (int unit = begin; unit < end; ++group, ku = 0) {
+    for (const int stop = min(end, unit - ku + work.per_row); unit < stop; ++unit, ++ku) {
 #if BLOCK
       const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
 #else
       wait_async();
       __syncthreads();
-      if (unit + 1 < end) stage(unit + 1, (unit + 1 < row_end ? ku + 1 : 0) * WK);
+      if (unit + 1 < end) stage(unit + 1, (ku + 1 < work.per_row ? ku + 1 : 0) * WK);
       const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * stage_bytes) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
 #endif
       if (AHEAD == 1) {
@@ -277,8 +249,20 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       }
       ahead.advance(work);
     }
-    const int slot = group != begin / work.per_row;
-    put_sums(acc, sums, partial + (2 * blockIdx.x + slot) * (size_t)(ROWS * tokens), Group(work, group).blocks() == 1, group, out);
+    const bool ends = ku == work.per_row, begins = group > head || shared_from == blockIdx.x;
+    later |= ends && !begins;
+    take_sums(acc, sums, tokens, warp, [&](int token, int row, float4 sum) {
+      const int at = blockIdx.x * slot + token * ROWS + row;
+      if (!ends) hand_over(handed + at, sum);
+      else if (begins) out.put4(token, group * ROWS + row, sum);
+      else *(float4*)(own + at) = sum;
+    });
   }
-  finish(work, begin / work.per_row, (end - 1) / work.per_row, partial, tickets, out);
+  if (!later) return;
+  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {  // as take_sums gives them to the threads
+    float4 sum = {0, 0, 0, 0};
+    for (int b = shared_from; b < blockIdx.x; ++b) add(sum, take_over(handed + b * slot + i));
+    add(sum, *(const float4*)(own + blockIdx.x * slot + i));
+    out.put4(i / ROWS, head * ROWS + i % ROWS, sum);
+  }
 }

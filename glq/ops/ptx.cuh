@@ -9,6 +9,7 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(s));
   return r;
 }
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }  // what a warp has in common
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instruction, which the compiler makes two of
   u32 r;
   asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
@@ -33,10 +34,13 @@ __device__ __forceinline__ void copy16_async(void* to, const void* from) {
 __device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Adds 1, and gives what was there. What this block wrote before its barrier is seen by who gets a later number, and his block.
-__device__ __forceinline__ u32 add_ticket(u32* ticket) {
-  u32 v;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(ticket) : "memory");
+// What other blocks see at once, word by word.
+__device__ __forceinline__ void store_shared_by_gpu(float* p, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared_by_gpu(const float* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 

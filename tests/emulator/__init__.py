@@ -21,12 +21,12 @@ class Emulator:
 
     def __init__(self, multiprocessors: int) -> None:
         self.multiprocessors = multiprocessors
-        self._tickets = torch.zeros(1024, dtype=torch.int32)
+        self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
 
-    def tickets(self, count):
-        assert count <= len(self._tickets)
-        assert not self._tickets.any()
-        return self._tickets
+    def exchange(self, count):
+        assert count <= len(self._exchange)
+        assert (self._exchange.view(torch.int32) == -1).all()
+        return self._exchange
 
     def launch(self, source, name, grid, block, shared, *arguments):
         assert shared <= 2**18

@@ -53,13 +53,12 @@ static void sync_warp() { pause_as(IN_WARP); }
 
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static u32 add_ticket(u32* p) { return (*p)++; }
 template <typename T> static T __ldcg(const T* p) { return *p; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 static u32 __funnelshift_r(u32 lo, u32 hi, int s) { return (u32)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
 static float __uint_as_float(u32 u) { float f; std::memcpy(&f, &u, 4); return f; }
-static u32 as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
+static u32 __float_as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
 static u32 __shfl_sync(u32, u32 v, int from) {
   auto& shown = exchange[current / 32];
   shown[current % 32][0] = v;
@@ -68,7 +67,7 @@ static u32 __shfl_sync(u32, u32 v, int from) {
   sync_warp();
   return r;
 }
-static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(__shfl_sync(mask, as_uint(v), current % 32 ^ m)); }
+static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(__shfl_sync(mask, __float_as_uint(v), current % 32 ^ m)); }
 
 // ---- ops/ptx.cuh ----
 
@@ -77,6 +76,7 @@ static u32 prmt(u32 a, u32 b, u32 s) {
   for (int i = 0; i < 4; ++i) r |= (u32)(((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
+static int uniform(int v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
 static u32 load_shared(u32 at) {
@@ -90,6 +90,16 @@ static void copy16_async(void* to, const void* from) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail("copy of 16 bytes out of place");
   std::memcpy(to, from, 16);
 }
+static void store_shared_by_gpu(float* p, u32 a, u32 b, u32 c, u32 d) {
+  const u32 words[4] = {a, b, c, d};
+  if ((uintptr_t)p % 16) fail("store of 16 bytes out of place");
+  std::memcpy(p, words, 16);
+}
+static uint4 load_shared_by_gpu(const float* p) {
+  uint4 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
 static void commit_async() {}
 static void wait_async() {}
 static void let_next_start() {}
@@ -97,7 +107,7 @@ static void wait_for_previous() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
-static u16 to_bf16(float v) { const u32 u = as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
+static u16 to_bf16(float v) { const u32 u = __float_as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
 #if BF16
 static float from16(u16 v) { return from_bf16(v); }
 static u16 to16(float v) { return to_bf16(v); }
