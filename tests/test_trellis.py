@@ -34,9 +34,10 @@ def test_a_pair_from_16_bits_of_the_circle(name):
         at = p * codec.code_bits // 8
         state = (circle >> at | circle << total - at) & 0xFFFF
         h = state * MULTIPLIER % 2**32
-        entry = table[(h & 0x7FFF) >> 15 - codec.table_bits].tolist()
-        assert values[2 * p] == (-entry[0] if h & 0x8000 else entry[0])
-        assert values[2 * p + 1] == (-entry[1] if h >> 31 else entry[1])
+        beside = codec.table_bits <= 9
+        entry = table[h >> (14 if beside else 15) - codec.table_bits & 2**codec.table_bits - 1].tolist()
+        assert values[2 * p] == (-entry[0] if h >> 15 & 1 else entry[0])
+        assert values[2 * p + 1] == (-entry[1] if h >> (14 if beside else 31) & 1 else entry[1])
 
 
 @EVERY

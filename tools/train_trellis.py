@@ -23,7 +23,9 @@ WEIGHTS = 262_144  # a round, new ones every time
 def states(table_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all 65,536 states: the entry [65536] and the signs [65536, 2], as codecs/trellis.py defines them."""
     h = torch.arange(1 << 16) * MULTIPLIER & 0xFFFFFFFF
-    return (h & 0x7FFF) >> 15 - table_bits, 1 - 2 * torch.stack([h >> 15 & 1, h >> 31 & 1], 1)
+    top, second = (14, 14) if table_bits <= 9 else (15, 31)
+    entry = h >> top - table_bits & (1 << table_bits) - 1
+    return entry, 1 - 2 * torch.stack([h >> 15 & 1, h >> second & 1], 1)
 
 
 def initial(table_bits: int, bits: float, seed: int) -> torch.Tensor:

@@ -39,6 +39,11 @@ class Trellis:
         return self.code_bits / self.group
 
     @property
+    def signed_lookup(self) -> bool:
+        """Whether the signs lie beside the entry in the hash of a state (state_values)."""
+        return self.table_bits <= 9
+
+    @property
     def step_bits(self) -> tuple[int, int]:
         """Bits of the even pairs, and of the odd ones."""
         return self.code_bits // 8, self.code_bits // 4 - self.code_bits // 8
@@ -73,15 +78,24 @@ class Trellis:
 
 @cache
 def state_values(codec: Trellis, device: torch.device) -> Tensor:
-    """[65536, 2] fp32: the pair of each state.
+    """[65536, 2] fp32: the pair of each state, from h = state · MULTIPLIER mod 2^32.
 
-    h = state · MULTIPLIER mod 2^32; bits 14, 13, … of h (table_bits of them) are the entry, bits 15 and 31 the signs.
+    Up to 9 table bits, bits 15 and 14 of h are the signs, and the entry is the table_bits below: side by side, so that a
+    kernel looks up signed values. With more, such a table would be too large: bits 15 and 31 are the signs, by which a
+    kernel flips two fp16 at once, and the entry lies below bit 15.
     """
-    state = torch.arange(1 << STATE_BITS)
-    h = state * MULTIPLIER & 0xFFFFFFFF
+    h = torch.arange(1 << STATE_BITS) * MULTIPLIER & 0xFFFFFFFF
+    if codec.signed_lookup:
+        return signed_table(codec).float()[(h & 0xFFFF) >> 14 - codec.table_bits].to(device)
     entry = (h & 0x7FFF) >> 15 - codec.table_bits
     signs = 1 - 2 * torch.stack([h >> 15 & 1, h >> 31 & 1], 1)
     return (pair_table(codec).float()[entry] * signs).to(device)
+
+
+def signed_table(codec: Trellis) -> Tensor:
+    """[2^(table_bits + 2), 2] fp16, on the CPU: pairs by their two signs, then by their entry."""
+    table = pair_table(codec)
+    return torch.cat([table * torch.tensor([a, b], dtype=table.dtype) for a in (1, -1) for b in (1, -1)])
 
 
 def pair_table(codec: Trellis) -> Tensor:

@@ -10,7 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table, table_bytes
+from glq.ops.cuda_table import SCALES, device_table, table_bytes, table_macros
 from glq.packed import PackedLinear
 
 _SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
@@ -56,9 +56,7 @@ class Plan:
     @property
     def source(self) -> nvrtc.Source:
         macros = {
-            "CODE_BITS": self.codec.code_bits,
-            "TABLE_BITS": self.codec.table_bits,
-            "COPIES": self.copies,
+            **table_macros(self.codec, self.copies),
             "NT": self.token_tiles,
             "WR": self.wr,
             "WK": self.wk,

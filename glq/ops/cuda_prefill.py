@@ -9,7 +9,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table, table_bytes
+from glq.ops.cuda_table import SCALES, device_table, table_bytes, table_macros
 from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
@@ -37,9 +37,7 @@ class Plan:
     @property
     def source(self) -> nvrtc.Source:
         macros = {
-            "CODE_BITS": self.codec.code_bits,
-            "TABLE_BITS": self.codec.table_bits,
-            "COPIES": self.copies,
+            **table_macros(self.codec, self.copies),
             "BF16": int(self.dtype == torch.bfloat16),
             "SCALE": SCALES[self.scale],
             "TOKENS": self.tokens,

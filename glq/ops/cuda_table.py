@@ -5,18 +5,34 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glq.codecs.trellis import Trellis, pair_table
+from glq.codecs.trellis import Trellis, pair_table, signed_table
 
 SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
 
 
 @cache
 def device_table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[2^table_bits, 2] in `dtype`."""
-    return pair_table(codec).to(device, dtype).contiguous()
+    """[2^index_bits, 2] in `dtype`."""
+    table = signed_table(codec) if codec.signed_lookup else pair_table(codec)
+    return table.to(device, dtype).contiguous()
+
+
+def index_bits(codec: Trellis) -> int:
+    return codec.table_bits + 2 * codec.signed_lookup
+
+
+def table_macros(codec: Trellis, copies: int) -> dict[str, int]:
+    """Of tiles.cuh."""
+    return {
+        "CODE_BITS": codec.code_bits,
+        "TABLE_BITS": index_bits(codec),
+        "SIGNED": int(codec.signed_lookup),
+        "COPIES": copies,
+    }
 
 
 def table_bytes(codec: Trellis, copies: int) -> int:
     """Of shared memory that hold `copies` of the table, aligned as tiles.cuh wants it."""
-    size = 4 * copies << codec.table_bits
-    return 2 * size if 4 * copies == 1 << 15 - codec.table_bits else size
+    size = 4 * copies << index_bits(codec)
+    low = 1 << 14 - codec.table_bits if codec.signed_lookup else 1 << 15 - codec.table_bits
+    return 2 * size if 4 * copies == low and size <= 1 << 15 else size

@@ -1,11 +1,11 @@
 // How a warp decodes a tile of a trellis code straight into mma fragments.
-// Macros, besides those of ptx.cuh: CODE_BITS, TABLE_BITS, COPIES of the table in shared memory, SCALE (of rows: 16 or 32 bits
+// Macros, besides those of ptx.cuh: CODE_BITS, TABLE_BITS, SIGNED (a table of signed pairs), COPIES of it in shared memory, SCALE (of rows: 16 or 32 bits
 // of IEEE, 0: bf16).
 
 static constexpr int REGS = CODE_BITS / 4;  // of a lane's codes in a tile
 static constexpr int TILE_BYTES = 32 * CODE_BITS;
 static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the next
-static constexpr u32 HASH = 0x9E3779B1u * 0xFFFF0001u;  // of a state written twice: s · 65537 · HASH = s · 0x9E3779B1 mod 2^32
+static constexpr u32 HASH = SIGNED ? 0x9E3779B1u : 0x9E3779B1u * 0xFFFF0001u;  // s · 65537 · 0xFFFF0001 = s mod 2^32
 
 // A lane's codes of one tile: pieces of 16, 8 and 4 bytes, the lanes' side by side.
 __device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
@@ -36,10 +36,11 @@ __device__ __forceinline__ u32 twice(const u32* r, int at) {
   const u32 w = bits16(r, at);
   return prmt(w, w, 0x1010);
 }
-// Where a hash has the entry as it is addressed, the table is aligned to its size: an OR makes the address.
-static constexpr u32 LOW = 1 << (15 - TABLE_BITS), TABLE_BYTES = STRIDE << TABLE_BITS;
+// Where a hash has the entry as it is addressed, a table that is aligned to its size takes an OR only.
+static constexpr u32 LOW = 1 << ((SIGNED ? 16 : 15) - TABLE_BITS), TABLE_BYTES = STRIDE << TABLE_BITS;
+static constexpr bool ALIGNED = LOW == STRIDE && TABLE_BYTES <= 1 << 15;
 __device__ __forceinline__ u8* place_table(u8* memory) {
-  return LOW == STRIDE ? memory + (-shared_address(memory) & (TABLE_BYTES - 1)) : memory;
+  return ALIGNED ? memory + (-shared_address(memory) & (TABLE_BYTES - 1)) : memory;
 }
 // The address of the table in shared memory, for the copies that this lane reads.
 __device__ __forceinline__ u32 address_table(const u32* entries) {
@@ -47,11 +48,12 @@ __device__ __forceinline__ u32 address_table(const u32* entries) {
   asm("" : "+r"(at));  // a value that the compiler does not take apart again for every entry
   return at;
 }
-__device__ __forceinline__ u32 value(u32 state2, u32 table) {
-  const u32 h = state2 * HASH;
-  constexpr u32 MASK = 0x7FFFu & ~(LOW - 1);  // where the entry lies in h
-  const u32 at = LOW == STRIDE ? (h & MASK) | table : LOW < STRIDE ? multiply_add(h & MASK, STRIDE / LOW, table) : (h & MASK) / (LOW / STRIDE) + table;
-  return load_shared(at) ^ (h & 0x80008000u);
+// The pair of a state, which is as state_of gives it.
+__device__ __forceinline__ u32 value(u32 state, u32 table) {
+  const u32 h = state * HASH;
+  constexpr u32 MASK = (SIGNED ? 0xFFFFu : 0x7FFFu) & ~(LOW - 1);  // where the entry lies in h
+  const u32 at = ALIGNED ? (h & MASK) | table : LOW <= STRIDE ? multiply_add(h & MASK, STRIDE / LOW, table) : (h & MASK) / (LOW / STRIDE) + table;
+  return SIGNED ? load_shared(at) : load_shared(at) ^ (h & 0x80008000u);
 }
 // By the whole block, which has `threads` of them: a warp writes all copies of 32 entries, 16 bytes a lane.
 __device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
@@ -76,9 +78,11 @@ __device__ __forceinline__ void ends_of(u32* ends, const u32* r, int s) {
     ends[i] = prmt(bits16(r, begin + CODE_BITS - 16), next, 0x5410);
   }
 }
-// The state of register e of the fragment of rows 16m … 16m + 15 in step s, twice.
+// The state of register e of the fragment of rows 16m … 16m + 15 in step s: in the low half, and where its signs lie apart
+// in the high half, too.
 __device__ __forceinline__ u32 state_of(const u32* r, const u32* ends, int s, int m, int e) {
   const int at = CODE_BITS * (2 * m + e % 2) / 8, over = at - (CODE_BITS - 16);
+  if (SIGNED) return over <= 0 ? bits16(r, CODE_BITS * (2 * s + e / 2) + at) : ends[e / 2] >> over;
   if (over <= 0) return twice(r, CODE_BITS * (2 * s + e / 2) + at);
   if (over == 8) return prmt(ends[e / 2], ends[e / 2], 0x2121);
   const u32 w = ends[e / 2] >> over;

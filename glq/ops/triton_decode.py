@@ -79,7 +79,7 @@ def decode_tile(
     """What `load_words` gave → even and odd columns [tile rows, 32] in DTYPE: the codec's fp32 values rounded once."""
     ROWS: tl.constexpr = 64 if FAMILY == "trellis" else 32
     if FAMILY == "trellis":
-        even, odd = _trellis_values(words, following, table, CODE_BITS, FIRST, DTYPE)
+        even, odd = _trellis_values(words, following, table, CODE_BITS, FIRST, SECOND, DTYPE)
     elif FAMILY == "e8":
         even, odd = _e8_values(words.to(tl.uint32), table, FIRST, SECOND)
     else:
@@ -88,16 +88,26 @@ def decode_tile(
 
 
 @triton.jit
-def _trellis_values(words, following, table, CODE_BITS: tl.constexpr, TABLE_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE."""
+def _trellis_values(
+    words,
+    following,
+    table,
+    CODE_BITS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNED: so are the table's."""
     PAIR: tl.constexpr = tl.float16 if DTYPE.is_fp32() else DTYPE
     begin = CODE_BITS * tl.arange(0, 8)[:, None, None] // 8
     own = (words[None, :, :] >> begin.to(tl.uint64)).to(tl.uint32)
     # a pair with all its 16 bits in its own word shifts the next word's out of them
     spill = following[None, :, :] << tl.minimum(CODE_BITS - begin, 16).to(tl.uint32)
     h = ((own | spill) & 0xFFFF) * _MULTIPLIER
-    entry = (h & 0x7FFF) >> (15 - TABLE_BITS)
-    pair = tl.load(table + entry) ^ (h & 0x80008000)
+    if SIGNED:
+        pair = tl.load(table + ((h & 0xFFFF) >> (16 - INDEX_BITS)))
+    else:
+        pair = tl.load(table + ((h & 0x7FFF) >> (15 - INDEX_BITS))) ^ (h & 0x80008000)
     even = pair.to(tl.uint16).to(PAIR, bitcast=True)
     odd = (pair >> 16).to(tl.uint16).to(PAIR, bitcast=True)
     return even, odd

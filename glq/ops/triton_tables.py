@@ -11,7 +11,7 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import FactoredE8, ResidualE8
 from glq.codecs.lattice import constant
 from glq.codecs.nested import NestedE8
-from glq.codecs.trellis import Trellis, pair_table
+from glq.codecs.trellis import Trellis, pair_table, signed_table
 from glq.rotation import hadamard, odd_part
 
 _CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ class Decoder:
 def decoder(codec: str) -> Decoder:
     c = get_codec(codec)
     if isinstance(c, Trellis):
-        return Decoder("trellis", c.code_bits, c.table_bits, 0)
+        return Decoder("trellis", c.code_bits, c.table_bits + 2 * c.signed_lookup, int(c.signed_lookup))
     if isinstance(c, NestedE8):
         return Decoder("nested", c.code_bits, c.q, c.low.bit_length() - 1)
     entry_bits = [stage.entries.bit_length() - 1 for stage, _ in _stages(c)]
@@ -52,12 +52,12 @@ def decoder(codec: str) -> Decoder:
 def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The table of a codec for values in `dtype`.
 
-    trellis: [2^n] u32, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry of a half table.
+    trellis: [2^n] u32, signed or not, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry of a half table.
     nested: [16 + 8192] u32, the bits of β / 2 in fp32, then the low eight base-3 digits of each number, two bits each.
     """
     c = get_codec(codec)
     if isinstance(c, Trellis):
-        pairs = pair_table(c).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+        pairs = (signed_table(c) if c.signed_lookup else pair_table(c)).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
         table = pairs.contiguous().view(torch.int32).view(-1).view(torch.uint32)
     elif isinstance(c, NestedE8):
         table = _nested_table(c)
