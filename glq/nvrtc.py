@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glq.errors import GlqError
 
+RESERVED = 1024  # bytes of shared memory that the driver takes for each block, from compute capability 8.0 on
 _EXCHANGE = 1 << 16  # floats at least
 _KEPT = 64  # exchanges: of streams and captures lately used
 
@@ -84,6 +85,7 @@ class Launcher(Protocol):
 
     arch: int  # compute capability: 90 is 9.0
     multiprocessors: int
+    shared_memory: int  # bytes of a multiprocessor; each block takes RESERVED of them besides its own
 
     def launch(
         self,
@@ -114,6 +116,7 @@ class Gpu:
         self._device = device
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
+        self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
         self._exchanges: dict[tuple[int, int], Tensor] = {}  # by stream and capture

@@ -80,9 +80,9 @@ class Trellis:
 def state_values(codec: Trellis, device: torch.device) -> Tensor:
     """[65536, 2] fp32: the pair of each state, from h = state · MULTIPLIER mod 2^32.
 
-    Up to 9 table bits, bits 15 and 14 of h are the signs, and the entry is the table_bits below: side by side, so that a
-    kernel looks up signed values. With more, such a table would be too large: bits 15 and 31 are the signs, by which a
-    kernel flips two fp16 at once, and the entry lies below bit 15.
+    Up to 9 table bits, bits 15 and 14 of h are the signs, and the entry is the table_bits below: side by side, so that
+    a kernel looks up signed values. With more, such a table would be too large: bits 15 and 31 are the signs, by which
+    a kernel flips two fp16 at once, and the entry lies below bit 15.
     """
     h = torch.arange(1 << STATE_BITS) * MULTIPLIER & 0xFFFFFFFF
     if codec.signed_lookup:

@@ -10,10 +10,8 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table, table_bytes, table_macros
+from glq.ops.cuda_table import SCALES, device_table, index_bits, table_bytes, table_macros
 from glq.packed import PackedLinear
-
-_SHARED = 99 * 1024  # bytes of shared memory that every GPU from sm_80 on gives a block
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,9 @@ class Plan:
         x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
         return table_bytes(self.codec, self.copies) + 4 * sums + x
 
+    def fits(self, cols: int, gpu: nvrtc.Launcher) -> bool:
+        return self.blocks * (self.shared(cols) + nvrtc.RESERVED) <= gpu.shared_memory
+
     @property
     def source(self) -> nvrtc.Source:
         macros = {
@@ -72,20 +73,41 @@ class Plan:
 
 
 def max_tokens(arch: int) -> int:
-    """Of a launch: the assembler for Blackwell runs out of registers beyond 32."""
-    return 64 if arch < 100 else 32
+    """Of a launch: others have too little shared memory for 64, or their assembler runs out of registers."""
+    return 64 if arch in (80, 90) else 32
 
 
 def make_plan(
-    codec: Trellis, dtype: torch.dtype, scale: torch.dtype, tokens: int, in_features: int, block: int
+    codec: Trellis,
+    dtype: torch.dtype,
+    scale: torch.dtype,
+    tokens: int,
+    tiles: tuple[int, int],
+    block: int,
+    gpu: nvrtc.Launcher,
 ) -> Plan:
-    """One token is rotated in the kernel, where warps divide its blocks; more of them in a launch of their own."""
-    copies = {8: 32, 9: 16, 10: 8, 11: 8}[codec.table_bits]
+    """What was fastest on an H100 for a matrix of so many row and column tiles (docs/benchmarks.md).
+
+    One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
+    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
+    """
+    shapes: tuple[tuple[int, int], ...]
+    few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
     if tokens == 1 and by_warps(block):
-        plan = Plan(codec, dtype, scale, 1, 2, 4, copies, block, 2)
-        if plan.shared(in_features) <= _SHARED:
-            return plan
-    return Plan(codec, dtype, scale, tokens, 8, 1, copies, 0, 2 if tokens <= 16 else 1)
+        shapes, width, resident = ((1, 16), (1, 8)) if few else ((2, 8), (2, 4)), block, 1
+    else:
+        shapes = ((1, 8), (2, 4), (4, 2)) if few or tokens <= 16 else ((2, 4), (4, 2))
+        width, resident = 0, 2 if tokens <= 16 else 1
+    both = width == 0 and tokens <= 8
+    for blocks, table in ((2, 64),) * both + ((1, 64 if resident == 2 else 128), (1, 64), (1, 32)):
+        copies = max(4, min(32, 256 * table >> index_bits(codec)))
+        for wr, wk in shapes:
+            plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, blocks, resident=resident)
+            if plan.fits(64 * tiles[1], gpu):
+                return plan
+    if width == 0:
+        raise GlqError(f"the kernel for {tokens} tokens needs more shared memory than this GPU has")
+    return make_plan(codec, dtype, scale, tokens, tiles, 1, gpu)  # rotated in a launch of its own
 
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
@@ -93,8 +115,9 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     tokens, in_features = x.shape
     trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
-    plan = plan or make_plan(trellis, x.dtype, weight.scale.dtype, tokens, in_features, weight.block)
     row_tiles, col_tiles, _ = weight.codes.shape
+    if plan is None:
+        plan = make_plan(trellis, x.dtype, weight.scale.dtype, tokens, (row_tiles, col_tiles), weight.block, gpu)
     units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
     grid = min(units, plan.blocks * gpu.multiprocessors)
     x = x.contiguous()

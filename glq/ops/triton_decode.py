@@ -97,7 +97,7 @@ def _trellis_values(
     SIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNED: so are the table's."""
+    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNED: with signs."""
     PAIR: tl.constexpr = tl.float16 if DTYPE.is_fp32() else DTYPE
     begin = CODE_BITS * tl.arange(0, 8)[:, None, None] // 8
     own = (words[None, :, :] >> begin.to(tl.uint64)).to(tl.uint32)

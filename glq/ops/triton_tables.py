@@ -52,12 +52,15 @@ def decoder(codec: str) -> Decoder:
 def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The table of a codec for values in `dtype`.
 
-    trellis: [2^n] u32, signed or not, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry of a half table.
+    trellis: [2^n] u32, signed or not, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry
+    of a half table.
     nested: [16 + 8192] u32, the bits of β / 2 in fp32, then the low eight base-3 digits of each number, two bits each.
     """
     c = get_codec(codec)
     if isinstance(c, Trellis):
-        pairs = (signed_table(c) if c.signed_lookup else pair_table(c)).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+        pairs = (signed_table(c) if c.signed_lookup else pair_table(c)).to(
+            torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        )
         table = pairs.contiguous().view(torch.int32).view(-1).view(torch.uint32)
     elif isinstance(c, NestedE8):
         table = _nested_table(c)

@@ -19,8 +19,9 @@ class Emulator:
 
     arch = 90
 
-    def __init__(self, multiprocessors: int) -> None:
+    def __init__(self, multiprocessors: int, shared_memory: int = 228 * 1024) -> None:
         self.multiprocessors = multiprocessors
+        self.shared_memory = shared_memory
         self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
 
     def exchange(self, count):
@@ -40,7 +41,9 @@ class Emulator:
 def _library(source):
     texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
     code = "\n".join(texts)
-    code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + 1024);", code)
+    code = re.sub(
+        r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + 1024);", code
+    )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
     text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
