@@ -32,7 +32,5 @@ def table_macros(codec: Trellis, copies: int) -> dict[str, int]:
 
 
 def table_bytes(codec: Trellis, copies: int) -> int:
-    """Of shared memory that hold `copies` of the table, aligned as tiles.cuh wants it."""
-    size = 4 * copies << index_bits(codec)
-    low = 1 << 14 - codec.table_bits if codec.signed_lookup else 1 << 15 - codec.table_bits
-    return 2 * size if 4 * copies == low and size <= 1 << 15 else size
+    """Of shared memory that hold `copies` of the table."""
+    return 4 * copies << index_bits(codec)

@@ -100,7 +100,7 @@ __device__ __forceinline__ void rotate_for(const Work& work, int begin, int end,
 // acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves. used(s): the codes of step
 // s are.
 template <typename F>
-__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 table, F used) {
+__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 copy, F used) {
   #pragma unroll
   for (int s = 0; s < 4; ++s) {
     u32 ends[2];
@@ -112,7 +112,7 @@ __device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, 
     for (int m = 0; m < 4; ++m) {
       u32 a[4];
       #pragma unroll
-      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), table);
+      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), copy);
       #pragma unroll
       for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
     }
@@ -190,8 +190,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), slot = ROWS * tokens;
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
-  u32* const entries = (u32*)place_table(memory);
-  float* const sums = (float*)((u8*)entries + TABLE_BYTES);  // of take_sums; scratch of the rotation
+  float* const sums = (float*)(memory + TABLE_BYTES);  // of take_sums; scratch of the rotation
   u8* const xs = (u8*)(sums + max(WARPS * min(tokens, 8) * SUM_STRIDE, SCRATCH));
 
   Cursor ahead(work, codes, begin, end, wr, wk);
@@ -204,7 +203,8 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
     if (next_is) load_codes(next, ahead.tile, lane);
     ahead.advance(work);
   }
-  fill_table(entries, table, THREADS);
+  check_table(memory);
+  fill_table((u32*)memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
   wait_for_previous();
@@ -218,7 +218,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   stage(begin, ku * WK);
   __syncthreads();  // the table
 #endif
-  const u32 values = address_table(entries);
+  const u32 copy = own_copy();
   float acc[4][NT][4];
   #pragma unroll
   for (int i = 0; i < 4 * NT * 4; ++i) (&acc[0][0][0])[i] = 0;
@@ -236,11 +236,11 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
 #endif
       if (AHEAD == 1) {
         const bool more = ahead.is_tile(work);
-        if (is_tile) tile_product(acc, now, mine, values, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
+        if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
         else if (more) load_codes(now, ahead.tile, lane);
         is_tile = more;
       } else {
-        if (is_tile) tile_product(acc, now, mine, values, [](int) {});
+        if (is_tile) tile_product(acc, now, mine, copy, [](int) {});
         #pragma unroll
         for (int i = 0; i < REGS; ++i) now[i] = next[i % (AHEAD == 2 ? REGS : 1)];
         is_tile = next_is;

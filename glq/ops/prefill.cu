@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
-  u32* const entries = (u32*)place_table(memory + STAGES * STAGE);
+  u32* const entries = (u32*)memory;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_token = blockIdx.x * TOKENS, first_tile = blockIdx.y * 4;
   let_next_start();

@@ -5,7 +5,42 @@
 static constexpr int REGS = CODE_BITS / 4;  // of a lane's codes in a tile
 static constexpr int TILE_BYTES = 32 * CODE_BITS;
 static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the next
-static constexpr u32 HASH = SIGNED ? 0x9E3779B1u : 0x9E3779B1u * 0xFFFF0001u;  // s · 65537 · 0xFFFF0001 = s mod 2^32
+
+// ---- the table, in shared memory ----
+
+// Where dynamic shared memory begins, if there is no other: the driver has what is before. Known to the compiler, it costs
+// nothing in the address of an entry.
+static constexpr u32 TABLE_AT = 1024, TABLE_BYTES = STRIDE << TABLE_BITS;
+__device__ __forceinline__ void check_table(const u8* memory) {
+  if (shared_address(memory) != TABLE_AT) stop_with_an_error();
+}
+// The entry lies in a hash from LOW on. A signed look-up may shift it to where STRIDE is; signs that lie apart have to stay.
+static constexpr u32 UNSHIFTED = 1 << ((SIGNED ? 16 : 15) - TABLE_BITS), LOW = SIGNED && STRIDE > UNSHIFTED ? STRIDE : UNSHIFTED;
+static constexpr u32 HASH = 0x9E3779B1u * (SIGNED ? LOW / UNSHIFTED : 0xFFFF0001u);  // s · 65537 · 0xFFFF0001 = s mod 2^32
+
+// The pair of a state, which is as state_of gives it. copy: of the table, in bytes.
+__device__ __forceinline__ u32 value(u32 state, u32 copy) {
+  const u32 h = state * HASH, entry = h & ((1u << TABLE_BITS) - 1) * LOW;
+  const u32 at = LOW == STRIDE ? entry | copy : LOW < STRIDE ? multiply_add(entry, STRIDE / LOW, copy) : entry / (LOW / STRIDE) + copy;
+  return SIGNED ? load_shared(at + TABLE_AT) : load_shared(at + TABLE_AT) ^ (h & 0x80008000u);
+}
+__device__ __forceinline__ u32 own_copy() { return 4 * (threadIdx.x % COPIES); }
+// By the whole block, which has `threads` of them: a warp writes all copies of 32 entries, 16 bytes a lane.
+__device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
+  constexpr int PIECES = COPIES / 4;  // of an entry
+  const int lane = threadIdx.x % 32;
+  #pragma unroll 2
+  for (int e = threadIdx.x; e < 1 << TABLE_BITS; e += threads) {
+    const u32 entry = from[e];
+    #pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      const u32 v = __shfl_sync(~0u, entry, (32 * i + lane) / PIECES);
+      *(uint4*)(entries + (e - lane) * COPIES + 4 * (32 * i + lane)) = make_uint4(v, v, v, v);
+    }
+  }
+}
+
+// ---- codes ----
 
 // A lane's codes of one tile: pieces of 16, 8 and 4 bytes, the lanes' side by side.
 __device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
@@ -35,39 +70,6 @@ __device__ __forceinline__ u32 twice(const u32* r, int at) {
   if (at % 8 == 0) return prmt(r[i], byte == 3 ? r[i + 1] : r[i], 0x1010u + 0x1111u * byte);
   const u32 w = bits16(r, at);
   return prmt(w, w, 0x1010);
-}
-// Where a hash has the entry as it is addressed, a table that is aligned to its size takes an OR only.
-static constexpr u32 LOW = 1 << ((SIGNED ? 16 : 15) - TABLE_BITS), TABLE_BYTES = STRIDE << TABLE_BITS;
-static constexpr bool ALIGNED = LOW == STRIDE && TABLE_BYTES <= 1 << 15;
-__device__ __forceinline__ u8* place_table(u8* memory) {
-  return ALIGNED ? memory + (-shared_address(memory) & (TABLE_BYTES - 1)) : memory;
-}
-// The address of the table in shared memory, for the copies that this lane reads.
-__device__ __forceinline__ u32 address_table(const u32* entries) {
-  u32 at = shared_address(entries) + 4 * (threadIdx.x % COPIES);
-  asm("" : "+r"(at));  // a value that the compiler does not take apart again for every entry
-  return at;
-}
-// The pair of a state, which is as state_of gives it.
-__device__ __forceinline__ u32 value(u32 state, u32 table) {
-  const u32 h = state * HASH;
-  constexpr u32 MASK = (SIGNED ? 0xFFFFu : 0x7FFFu) & ~(LOW - 1);  // where the entry lies in h
-  const u32 at = ALIGNED ? (h & MASK) | table : LOW <= STRIDE ? multiply_add(h & MASK, STRIDE / LOW, table) : (h & MASK) / (LOW / STRIDE) + table;
-  return SIGNED ? load_shared(at) : load_shared(at) ^ (h & 0x80008000u);
-}
-// By the whole block, which has `threads` of them: a warp writes all copies of 32 entries, 16 bytes a lane.
-__device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
-  constexpr int PIECES = COPIES / 4;  // of an entry
-  const int lane = threadIdx.x % 32;
-  #pragma unroll 2
-  for (int e = threadIdx.x; e < 1 << TABLE_BITS; e += threads) {
-    const u32 entry = from[e];
-    #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-      const u32 v = __shfl_sync(~0u, entry, (32 * i + lane) / PIECES);
-      *(uint4*)(entries + (e - lane) * COPIES + 4 * (32 * i + lane)) = make_uint4(v, v, v, v);
-    }
-  }
 }
 // Of words 2s and 2s + 1: the last 16 bits, and the first 16 of the word after it in the strip, which another lane has.
 __device__ __forceinline__ void ends_of(u32* ends, const u32* r, int s) {
