@@ -12,20 +12,12 @@ from statistics import NormalDist
 import torch
 from safetensors.torch import save_file
 
-from glq.codecs.trellis import MULTIPLIER, Trellis
+from glq.codecs.trellis import Trellis, entry_and_signs
 from glq.codecs.viterbi import best_states
 
 PAIRS = 1024  # of a circle: long, so that closing it costs nothing
 ROUNDS = 28
 WEIGHTS = 262_144  # a round, new ones every time
-
-
-def states(table_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all 65,536 states: the entry [65536] and the signs [65536, 2], as codecs/trellis.py defines them."""
-    h = torch.arange(1 << 16) * MULTIPLIER & 0xFFFFFFFF
-    top, second = (14, 14) if table_bits <= 9 else (15, 31)
-    entry = h >> top - table_bits & (1 << table_bits) - 1
-    return entry, 1 - 2 * torch.stack([h >> 15 & 1, h >> second & 1], 1)
 
 
 def initial(table_bits: int, bits: float, seed: int) -> torch.Tensor:
@@ -40,7 +32,7 @@ def initial(table_bits: int, bits: float, seed: int) -> torch.Tensor:
 def train(bits: float, table_bits: int, seed: int) -> torch.Tensor:
     """[2^table_bits, 2] fp32."""
     own = Trellis("", round(16 * bits), table_bits, 0).step_bits
-    entry, signs = states(table_bits)
+    entry, signs = entry_and_signs(table_bits)
     table = initial(table_bits, bits, seed)
     for i in range(ROUNDS):
         x = torch.randn(WEIGHTS // 2 // PAIRS, PAIRS, 2, generator=torch.Generator().manual_seed(1000 + i))

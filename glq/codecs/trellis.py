@@ -30,7 +30,7 @@ class Trellis:
 
     name: str
     code_bits: int  # of a word of 16 weights, a multiple of 4: every pair has as many bits, or every second one more
-    table_bits: int
+    table_bits: int  # 8, 9 or 10
     mse: float  # on N(0, 1)
     group = 16
 
@@ -40,8 +40,8 @@ class Trellis:
 
     @property
     def signed_lookup(self) -> bool:
-        """Whether the signs lie beside the entry in the hash of a state (state_values)."""
-        return self.table_bits <= 9
+        """Whether the signs lie beside the entry in the hash of a state (entry_and_signs)."""
+        return self.table_bits < 10
 
     @property
     def step_bits(self) -> tuple[int, int]:
@@ -78,18 +78,24 @@ class Trellis:
 
 @cache
 def state_values(codec: Trellis, device: torch.device) -> Tensor:
-    """[65536, 2] fp32: the pair of each state, from h = state · MULTIPLIER mod 2^32.
+    """[65536, 2] fp32: the pair of each state."""
+    entry, signs = entry_and_signs(codec.table_bits)
+    return (pair_table(codec).float()[entry] * signs).to(device)
 
-    Up to 9 table bits, bits 15 and 14 of h are the signs, and the entry is the table_bits below: side by side, so that
-    a kernel looks up signed values. With more, such a table would be too large: bits 15 and 31 are the signs, by which
-    a kernel flips two fp16 at once, and the entry lies below bit 15.
+
+def entry_and_signs(table_bits: int) -> tuple[Tensor, Tensor]:
+    """Of each state, from h = state · MULTIPLIER mod 2^32: [65536] int64, and [65536, 2] that are 1 or -1.
+
+    With 8 or 9 table bits, bits 15 and 14 of h are the signs, and the entry is below: side by side, so that a kernel
+    looks up signed values. With 10, that table would be too large: bits 15 and 31 are the signs, by which a kernel
+    flips two fp16 at once, and the entry is bits 17, 16 and 14 to 7: where they lie they are an address.
     """
     h = torch.arange(1 << STATE_BITS) * MULTIPLIER & 0xFFFFFFFF
-    if codec.signed_lookup:
-        return signed_table(codec).float()[(h & 0xFFFF) >> 14 - codec.table_bits].to(device)
-    entry = (h & 0x7FFF) >> 15 - codec.table_bits
-    signs = 1 - 2 * torch.stack([h >> 15 & 1, h >> 31 & 1], 1)
-    return (pair_table(codec).float()[entry] * signs).to(device)
+    if table_bits == 10:
+        entry, second = h >> 7 & 0xFF | h >> 8 & 0x300, 31
+    else:
+        entry, second = (h & 0x3FFF) >> 14 - table_bits, 14
+    return entry, 1 - 2 * torch.stack([h >> 15 & 1, h >> second & 1], 1)
 
 
 def signed_table(codec: Trellis) -> Tensor:

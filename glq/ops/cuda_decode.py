@@ -10,7 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import SCALES, device_table, index_bits, table_bytes, table_macros
+from glq.ops.cuda_table import HOLE, SCALES, device_table, index_bits, spread, table_bytes, table_macros
 from glq.packed import PackedLinear
 
 
@@ -45,14 +45,21 @@ class Plan:
 
     def shared(self, cols: int) -> int:
         """Bytes of shared memory a block."""
-        warps = self.wr * self.wk
-        scratch = 256 * warps if self.block else 0
-        sums = max(68 * min(self.tokens, 8) * warps, scratch)
-        x = 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
-        return table_bytes(self.codec, self.copies) + 4 * sums + x
+        sums, x = self._parts(cols)
+        table = table_bytes(self.codec, self.copies)
+        return table if spread(self.codec, self.copies) else table + sums + x
 
     def fits(self, cols: int, gpu: nvrtc.Launcher) -> bool:
+        sums, x = self._parts(cols)
+        if spread(self.codec, self.copies) and (sums > HOLE or x > (HOLE if self.block else 2 * HOLE)):
+            return False
         return self.blocks * (self.shared(cols) + nvrtc.RESERVED) <= gpu.shared_memory
+
+    def _parts(self, cols: int) -> tuple[int, int]:
+        """Bytes of what warps add up, in whose place x is rotated before; and of x, of which two units are held."""
+        warps = self.wr * self.wk
+        sums = 4 * max(64 * min(self.tokens, 8) * warps, 256 * warps if self.block else 0)
+        return sums, 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
 
     @property
     def source(self) -> nvrtc.Source:
@@ -91,18 +98,16 @@ def make_plan(
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
     multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
     """
-    shapes: tuple[tuple[int, int], ...]
     few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
-    if tokens == 1 and by_warps(block):
-        shapes, width, resident = ((1, 16), (1, 8)) if few else ((2, 8), (2, 4)), block, 1
-    else:
-        shapes = ((1, 8), (2, 4), (4, 2)) if few or tokens <= 16 else ((2, 4), (4, 2))
-        width, resident = 0, 2 if tokens <= 16 else 1
-    both = width == 0 and tokens <= 8
-    for blocks, table in ((2, 64),) * both + ((1, 64 if resident == 2 else 128), (1, 64), (1, 32)):
-        copies = max(4, min(32, 256 * table >> index_bits(codec)))
+    shapes: tuple[tuple[int, int], ...]
+    width = block if tokens == 1 and by_warps(block) else 0
+    shapes = ((2, 8), (2, 4)) if tokens <= 16 else ((2, 4), (4, 2))
+    if few:
+        shapes = ((1, 16), *shapes) if tokens <= 16 else ((1, 8), *shapes)
+    for table in (128, 64, 32):
+        copies = min(32, 256 * table >> index_bits(codec))
         for wr, wk in shapes:
-            plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, blocks, resident=resident)
+            plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, 1)
             if plan.fits(64 * tiles[1], gpu):
                 return plan
     if width == 0:

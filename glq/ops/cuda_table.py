@@ -7,6 +7,7 @@ from torch import Tensor
 
 from glq.codecs.trellis import Trellis, pair_table, signed_table
 
+HOLE = 32 * 1024  # bytes
 SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
 
 
@@ -31,6 +32,11 @@ def table_macros(codec: Trellis, copies: int) -> dict[str, int]:
     }
 
 
+def spread(codec: Trellis, copies: int) -> bool:
+    """Whether the table has holes, as tiles.cuh says."""
+    return not codec.signed_lookup and copies == 32
+
+
 def table_bytes(codec: Trellis, copies: int) -> int:
     """Of shared memory that hold `copies` of the table."""
-    return 4 * copies << index_bits(codec)
+    return 7 * HOLE if spread(codec, copies) else 4 * copies << index_bits(codec)

@@ -11,7 +11,6 @@
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
 static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
-static constexpr int SUM_STRIDE = 68;  // floats a token takes among a warp's sums: one for each row, and 4 for the same
 static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
 
 // ---- which units a block has ----
@@ -54,6 +53,7 @@ struct Cursor {
 
 // By the whole block; counted as one group.
 __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
+  #pragma unroll 1
   for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy16_async(to + i, from + i);
   commit_async();
 }
@@ -140,7 +140,7 @@ struct Output {
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
 
 // The sums that the block has of a group of rows, added up over its warps: put(token, row, 4 rows' sums).
-// shared: [WARPS][8 tokens at once][SUM_STRIDE] floats.
+// shared: [WARPS][8 tokens at once][64] floats, of which two tokens' rows are swapped by eights, to keep banks apart.
 template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT][4], float* shared, int tokens, int warp, F put) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, at_once = min(tokens, 8);
   #pragma unroll
@@ -150,7 +150,7 @@ template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT]
       #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = 16 * m + g + e / 2 * 8, token = 2 * t + e % 2;
-        if (8 * n + token < tokens) shared[(warp * at_once + token) * SUM_STRIDE + row] = acc[m][n][e];
+        if (8 * n + token < tokens) shared[(warp * at_once + token) * 64 + (row ^ 8 * t)] = acc[m][n][e];
         acc[m][n][e] = 0;
       }
     __syncthreads();
@@ -158,7 +158,7 @@ template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT]
       const int row = i % ROWS, token = i / ROWS;
       float4 sum = {0, 0, 0, 0};
       #pragma unroll
-      for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * SUM_STRIDE + row % 64));
+      for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * 64 + (row % 64 ^ token / 2 * 8)));
       put(8 * n + token, row, sum);
     }
     __syncthreads();
@@ -190,8 +190,8 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), slot = ROWS * tokens;
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
-  float* const sums = (float*)(memory + TABLE_BYTES);  // of take_sums; scratch of the rotation
-  u8* const xs = (u8*)(sums + max(WARPS * min(tokens, 8) * SUM_STRIDE, SCRATCH));
+  float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums; scratch of the rotation
+  u8* const xs = SPREAD ? memory + 3 * HOLE : (u8*)(sums + max(WARPS * min(tokens, 8) * 64, SCRATCH));
 
   Cursor ahead(work, codes, begin, end, wr, wk);
   u32 now[REGS], next[AHEAD == 2 ? REGS : 1];
@@ -204,16 +204,16 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
     ahead.advance(work);
   }
   check_table(memory);
-  fill_table((u32*)memory, table, THREADS);
+  fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
   wait_for_previous();
 #if BLOCK
   rotate_for(work, begin, end, (u16*)xs, sums, x, signs, cols);
 #else
-  const int stage_bytes = WK * held * X_STRIDE * 2;
+  const int next_stage = SPREAD ? 2 * HOLE : WK * held * X_STRIDE * 2;
   auto stage = [&](int unit, int col) {  // x of a unit on its way to shared memory
-    copy_async(xs + (unit - begin) % 2 * stage_bytes, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
+    copy_async(xs + (unit - begin) % 2 * next_stage, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
   };
   stage(begin, ku * WK);
   __syncthreads();  // the table
@@ -232,7 +232,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       wait_async();
       __syncthreads();
       if (unit + 1 < end) stage(unit + 1, (ku + 1 < work.per_row ? ku + 1 : 0) * WK);
-      const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * stage_bytes) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
+      const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * next_stage) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
 #endif
       if (AHEAD == 1) {
         const bool more = ahead.is_tile(work);

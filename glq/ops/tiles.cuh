@@ -10,23 +10,34 @@ static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the 
 
 // Where dynamic shared memory begins, if there is no other: the driver has what is before. Known to the compiler, it costs
 // nothing in the address of an entry.
-static constexpr u32 TABLE_AT = 1024, TABLE_BYTES = STRIDE << TABLE_BITS;
+static constexpr u32 TABLE_AT = 1024;
 __device__ __forceinline__ void check_table(const u8* memory) {
   if (shared_address(memory) != TABLE_AT) stop_with_an_error();
 }
-// The entry lies in a hash from LOW on. A signed look-up may shift it to where STRIDE is; signs that lie apart have to stay.
-static constexpr u32 UNSHIFTED = 1 << ((SIGNED ? 16 : 15) - TABLE_BITS), LOW = SIGNED && STRIDE > UNSHIFTED ? STRIDE : UNSHIFTED;
+// Signs beside the entry: both are the top bits of the hash's low half, which is shifted to where STRIDE is, if that is above.
+static constexpr u32 UNSHIFTED = 1 << (16 - TABLE_BITS), LOW = STRIDE > UNSHIFTED ? STRIDE : UNSHIFTED;
+// Signs apart: entries are bits 17, 16 and 14 … 7. They are an address as they are, if there is room for the holes that bit
+// 15 leaves.
+static constexpr bool SPREAD = !SIGNED && COPIES == 32;
+static constexpr u32 HOLE = 1 << 15, TABLE_BYTES = SPREAD ? 7 * HOLE : STRIDE << TABLE_BITS;
 static constexpr u32 HASH = 0x9E3779B1u * (SIGNED ? LOW / UNSHIFTED : 0xFFFF0001u);  // s · 65537 · 0xFFFF0001 = s mod 2^32
 
+// Where the copies of an entry begin that a hash has.
+__device__ __forceinline__ u32 place_of(u32 h) {
+  if (SIGNED) {
+    const u32 entry = h & ((1u << TABLE_BITS) - 1) * LOW;
+    return LOW > STRIDE ? entry / (LOW / STRIDE) : entry;
+  }
+  return SPREAD ? h & 0x37F80 : (h & 0x7F80 | h >> 1 & 0x18000) / (128 / STRIDE);
+}
 // The pair of a state, which is as state_of gives it. copy: of the table, in bytes.
 __device__ __forceinline__ u32 value(u32 state, u32 copy) {
-  const u32 h = state * HASH, entry = h & ((1u << TABLE_BITS) - 1) * LOW;
-  const u32 at = LOW == STRIDE ? entry | copy : LOW < STRIDE ? multiply_add(entry, STRIDE / LOW, copy) : entry / (LOW / STRIDE) + copy;
-  return SIGNED ? load_shared(at + TABLE_AT) : load_shared(at + TABLE_AT) ^ (h & 0x80008000u);
+  const u32 h = state * HASH, pair = load_shared((place_of(h) | copy) + TABLE_AT);
+  return SIGNED ? pair : pair ^ (h & 0x80008000u);
 }
 __device__ __forceinline__ u32 own_copy() { return 4 * (threadIdx.x % COPIES); }
 // By the whole block, which has `threads` of them: a warp writes all copies of 32 entries, 16 bytes a lane.
-__device__ __forceinline__ void fill_table(u32* entries, const u32* from, int threads) {
+__device__ __forceinline__ void fill_table(u8* memory, const u32* from, int threads) {
   constexpr int PIECES = COPIES / 4;  // of an entry
   const int lane = threadIdx.x % 32;
   #pragma unroll 2
@@ -34,8 +45,9 @@ __device__ __forceinline__ void fill_table(u32* entries, const u32* from, int th
     const u32 entry = from[e];
     #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
-      const u32 v = __shfl_sync(~0u, entry, (32 * i + lane) / PIECES);
-      *(uint4*)(entries + (e - lane) * COPIES + 4 * (32 * i + lane)) = make_uint4(v, v, v, v);
+      const int piece = 32 * i + lane, at = e - lane + piece / PIECES;
+      const u32 v = __shfl_sync(~0u, entry, piece / PIECES);
+      *(uint4*)(memory + (at + (SPREAD ? at / 256 * 256 : 0)) * STRIDE + 16 * (piece % PIECES)) = make_uint4(v, v, v, v);
     }
   }
 }
