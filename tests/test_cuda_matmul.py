@@ -82,26 +82,57 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
 
 
-@emulated
-@pytest.mark.parametrize("name", ["trellis-1.75", "trellis-3", "trellis-4"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "at_once"), [(1, 64), (70, 64), (130, 128)])
-def test_prefill(name, dtype, tokens, at_once):
-    x, weight = problem(name, tokens, 330, 328, 41, dtype)
-    plan = cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, at_once, 8, 3)
-    y = cuda_prefill.matmul(x, weight, Emulator(2), plan)
+def prefill_plan(name, tokens, warpgroups, blocks, dtype=torch.float16, copies=8, stages=3):
+    return cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, tokens, warpgroups, copies, stages, blocks)
+
+
+def check_prefill(tokens, rows, cols, plan, block=41):
+    x, weight = problem(plan.codec.name, tokens, rows, cols, block, plan.dtype)
+    gpu = Emulator(2)
+    y = cuda_prefill.matmul(x, weight, gpu, plan)
     assert error(y, x, weight) < 2
+    assert not gpu.tickets(0).any()
 
 
+@emulated
 @pytest.mark.parametrize("name", TRELLISES)
-def test_prefill_keeps_its_pipeline(name):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prefill_of_every_codec(name, dtype):
+    check_prefill(3, 200, 328, prefill_plan(name, 64, 2, 3, dtype))
+
+
+@emulated
+@pytest.mark.parametrize("rows", [330, 129])
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(1, (64, 4)), (70, (96, 3)), (130, (128, 3)), (193, (192, 2)), (257, (256, 2))]
+)
+def test_prefill_of_every_shape(rows, tokens, shape):
+    check_prefill(tokens, rows, 328, prefill_plan("trellis-3.75", *shape, 5))
+
+
+@emulated
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 18, 24])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_prefill_shares_tiles(blocks, stages):
+    check_prefill(65, 330, 256, prefill_plan("trellis-2.25", 64, 2, blocks, stages=stages), 128)
+
+
+def test_prefill_keeps_its_pipeline():
     """ptxas says so where it does not."""
-    for tokens in (64, 4096):
-        plan = cuda_prefill.make_plan(TRELLISES[name], torch.float16, torch.float16, tokens, 4096, 132)
-        assert plan.shared <= 227 * 1024
-        _, report = plan.source.compile_and_report("sm_90a")
-        assert "serialized" not in report
-        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+    for name in ("trellis-1.5", "trellis-2.75", "trellis-3.25", "trellis-4"):
+        for shape in cuda_prefill._SHAPES:
+            plan = cuda_prefill._shape(TRELLISES[name], torch.float16, torch.float16, *shape)
+            assert plan.shared <= 227 * 1024 - 256
+            _, report = plan.source.compile_and_report("sm_90a")
+            assert "serialized" not in report
+            assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+
+
+def test_prefill_fills_the_gpu():
+    for tokens in (65, 100, 128, 200, 256, 512, 1000, 8192):
+        for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
+            plan = cuda_prefill.make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, tokens, rows, cols, 132)
+            assert plan.blocks >= 80
 
 
 @emulated
