@@ -12,7 +12,7 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_decode, cuda_prefill
+from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
@@ -133,6 +133,35 @@ def test_prefill_fills_the_gpu():
         for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
             plan = cuda_prefill.make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, tokens, rows, cols, 132)
             assert plan.blocks >= 80
+
+
+@emulated
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dequantize_of_every_codec(name, dtype):
+    _, weight = problem(name, 1, 150, 512, 256, dtype)
+    found = cuda_dequantize.dequantize(weight, dtype, Emulator(2)).float()
+    expected = weight.dequantize()
+    plain = (expected.to(dtype).float() - expected).norm()
+    assert (found - expected).norm() < 1.6 * plain
+
+
+@emulated
+@pytest.mark.parametrize("block", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("rows", [1, 33, 129])
+def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
+    monkeypatch.setattr(cuda_dequantize, "_AT_ONCE", 64 * 2 * block)
+    x, weight = problem("trellis-2.75", 200, rows, 2 * block, block, torch.bfloat16)
+    assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
+
+
+def test_dequantize_leaves_room_for_two_blocks():
+    for name in ("trellis-1.5", "trellis-2.75", "trellis-4"):
+        plan = cuda_dequantize.Plan(TRELLISES[name], torch.bfloat16, torch.float16, 2048)
+        assert plan.shared <= 99 * 1024
+        for arch in ("sm_80", "sm_90", "sm_120"):
+            _, report = plan.source.compile_and_report(arch)
+            assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
 
 
 @emulated

@@ -92,6 +92,7 @@ static void wait_for_previous() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
+static u32 halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u16 to_bf16(float v) { const u32 u = as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
 #if BF16
 static float from16(u16 v) { return from_bf16(v); }
