@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class Plan:
         return total + _MEETING + parts * 4 * self.rows * self.tokens / _L2
 
 
+@lru_cache(4096)
 def make_plan(
     codec: Trellis,
     dtype: torch.dtype,
@@ -133,7 +135,7 @@ def _shape(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, tokens: int, 
 def _spread(plan: Plan, tiles: int, multiprocessors: int) -> Iterator[Plan]:
     """With a block for each tile, with several for each, and with one for each multiprocessor."""
     each = max(1, multiprocessors // tiles)
-    for blocks in {tiles, each * tiles, multiprocessors}:
+    for blocks in (tiles, each * tiles, multiprocessors):
         yield replace(plan, blocks=blocks)
 
 

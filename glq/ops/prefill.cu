@@ -24,6 +24,20 @@ struct Work {
 
 // ---- what they read ----
 
+// The unit to be requested next, and where it goes.
+struct Cursor {
+  int left, col, token_block, row_block, stage;
+
+  __device__ __forceinline__ void advance(const Work& work) {
+    --left;
+    if (++stage == STAGES) stage = 0;
+    if (++col < work.col_tiles) return;
+    col = 0;
+    if (++token_block < work.token_blocks) return;
+    token_block = 0;
+    ++row_block;
+  }
+};
 struct Ring {
   const Work& work;
   const u8* codes;
@@ -31,30 +45,32 @@ struct Ring {
   u8 *x_stages, *code_stages;
   u64* full;
   u32* readers;  // warps that are done with a stage
-  int begin, end, padded;
+  Cursor* next;
 
-  // By one thread: of the run's n-th unit.
-  __device__ __forceinline__ void request_codes(int n) const {
-    const int unit = begin + n, col = unit % work.col_tiles, first = unit / work.col_tiles / work.token_blocks * WARPGROUPS;
-    if (unit >= end) return;
+  // By one thread.
+  __device__ __forceinline__ void request_codes(const Cursor& c) const {
+    if (c.left <= 0) return;
     #pragma unroll
     for (int i = 0; i < WARPGROUPS; ++i) {
-      const int row = min(first + i, work.row_tiles - 1);
-      copy_bulk(stage_codes(n) + i * TILE_BYTES, codes + ((size_t)row * work.col_tiles + col) * TILE_BYTES, TILE_BYTES, full + n % STAGES);
+      const int row = min(c.row_block * WARPGROUPS + i, work.row_tiles - 1);
+      copy_bulk(stage_codes(c.stage) + i * TILE_BYTES, codes + ((size_t)row * work.col_tiles + c.col) * TILE_BYTES, TILE_BYTES, full + c.stage);
     }
   }
-  __device__ __forceinline__ void request_x(int n) const {
-    const int unit = begin + n, col = unit % work.col_tiles, block = unit / work.col_tiles % work.token_blocks;
-    if (unit < end) copy_bulk(x_stages + n % STAGES * X_STAGE, x + ((size_t)col * padded + block * TOKENS) * 64, X_STAGE, full + n % STAGES);
+  __device__ __forceinline__ void request_x(const Cursor& c) const {
+    const size_t block = (size_t)c.col * work.token_blocks + c.token_block;
+    if (c.left > 0) copy_bulk(x_stages + c.stage * X_STAGE, x + block * TOKENS * 64, X_STAGE, full + c.stage);
   }
-  __device__ __forceinline__ u8* stage_codes(int n) const { return code_stages + n % STAGES * CODE_STAGE; }
-  __device__ __forceinline__ u32 stage_x(int n) const { return shared_address(x_stages + n % STAGES * X_STAGE); }
+  __device__ __forceinline__ u8* stage_codes(int stage) const { return code_stages + stage * CODE_STAGE; }
+  __device__ __forceinline__ u32 stage_x(int stage) const { return shared_address(x_stages + stage * X_STAGE); }
   __device__ __forceinline__ void await_unit(int n) const { await(full + n % STAGES, n / STAGES & 1); }
-  // By every warp.
+  // By every warp that has read the run's n-th unit.
   __device__ __forceinline__ void release(int n) const {
     if (threadIdx.x % 32 || !count_to(readers + n % STAGES, THREADS / 32 - 1)) return;
-    request_codes(n + STAGES);
-    request_x(n + STAGES);
+    Cursor c = *next;
+    request_codes(c);
+    request_x(c);
+    c.advance(work);
+    *next = c;
   }
 };
 
@@ -67,10 +83,10 @@ __device__ __forceinline__ void multiply_units(float* acc, int n, int end, const
   u32 even[4][4], odd[4][4];
   auto decode = [&](u32 (*a)[4], int n) {
     ring.await_unit(n);
-    decode_slice(a, ring.stage_codes(n) + warp / 4 * TILE_BYTES, warp % 4, table);
+    decode_slice(a, ring.stage_codes(n % STAGES) + warp / 4 * TILE_BYTES, warp % 4, table);
   };
   auto multiply_by = [&](const u32 (*a)[4], int n) {
-    const u32 at = ring.stage_x(n);
+    const u32 at = ring.stage_x(n % STAGES);
     begin_products();
     #pragma unroll
     for (int s = 0; s < 4; ++s) multiply(acc, a[s], describe(at, 16 * s));
@@ -162,25 +178,31 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ u64 full[STAGES];
   __shared__ u32 readers[STAGES];
+  __shared__ Cursor next;
   let_next_start();
   const Work work(row_tiles, col_tiles, padded / TOKENS);
   const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), warp = threadIdx.x / 32;
   u8* const code_stages = memory + STAGES * X_STAGE;
   u32* const entries = (u32*)(code_stages + STAGES * CODE_STAGE);
-  const Ring ring{work, codes, x, memory, code_stages, full, readers, begin, end, padded};
+  const Ring ring{work, codes, x, memory, code_stages, full, readers, &next};
+  const Cursor first{end - begin, begin % col_tiles, begin / col_tiles % work.token_blocks, begin / col_tiles / work.token_blocks, 0};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(full + i, 1 + WARPGROUPS);
       readers[i] = 0;
     }
     publish_barriers();
-    for (int i = 0; i < STAGES; ++i) ring.request_codes(i);
+    Cursor c = first;  // the codes do not wait for the kernel ahead
+    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_codes(c);
   }
   fill_table(entries, table, THREADS);
   wait_for_previous();
-  if (threadIdx.x == 0)
-    for (int i = 0; i < STAGES; ++i) ring.request_x(i);
+  if (threadIdx.x == 0) {
+    Cursor c = first;
+    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_x(c);
+    next = c;
+  }
   __syncthreads();
   const Table values(entries);
   float acc[TOKENS / 2];
