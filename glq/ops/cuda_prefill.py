@@ -153,7 +153,7 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     rotated = rotate_tiles(x, weight.signs, weight.block, padded, True, gpu)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     partial = torch.empty(slots * plan.rows * plan.tokens, dtype=torch.float32, device=x.device)
-    table, tickets = device_table(trellis, x.device, x.dtype), gpu.tickets(tiles * plan.warpgroups)
+    table, tickets = device_table(trellis, x.device, x.dtype), gpu.tickets(tiles * plan.warpgroups if slots else 0)
     tensors = (weight.codes, rotated, table, weight.scale, y, partial, tickets)
     sizes = (tokens, padded, rows, row_tiles, col_tiles)
     gpu.launch(plan.source, "prefill", plan.blocks, 128 * plan.warpgroups, plan.shared, *tensors, *sizes)

@@ -75,9 +75,17 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols, int w
   const uint4 packed = pack8(v, rsqrtf((float)width));
   u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
 #if FOR_WGMMA
-  const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+  const int mine = lane / 2 % 4;  // of the chunks to which four lanes have a pair each: so they change pairs, and write 16 bytes
+  u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
   #pragma unroll
-  for (int i = 0; i < 4; ++i) *(u32*)(row + place(col % 64 + 2 * i, token)) = pairs[i];
+  for (int h = 1; h < 4; h *= 2)
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) if (!(i & h)) {
+      const u32 got = __shfl_sync(~0u, mine & h ? pairs[i] : pairs[i | h], lane ^ 2 * h);
+      if (mine & h) pairs[i] = got;
+      else pairs[i | h] = got;
+    }
+  *(uint4*)(row + ((lane % 2 * 4 + mine) ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #else
   *(uint4*)(row + col % 64) = packed;
 #endif
