@@ -165,7 +165,7 @@ def test_dequantize_leaves_room_for_two_blocks():
 
 
 @emulated
-@pytest.mark.parametrize("block", [256, 512, 2048, 96, 75])
+@pytest.mark.parametrize("block", [256, 512, 1024, 2048, 96, 75])
 @pytest.mark.parametrize("for_wgmma", [False, True])
 def test_rotation(block, for_wgmma):
     x = torch.randn(11, 2 * block).bfloat16()
@@ -219,3 +219,23 @@ def test_on_a_gpu(name, dtype):
             y = matmul(x, weight, gpu)
             assert error(y, x, weight) < 2
             assert torch.equal(y, matmul(x, weight, gpu))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_tokens_on_a_gpu(name, dtype):
+    gpu = nvrtc.gpu(torch.device("cuda"))
+    for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
+        for tokens in (65, 100, 128, 200, 513, 2000):
+            x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
+            y = cuda_prefill.matmul(x, weight, gpu)
+            assert error(y, x, weight) < 2
+            assert torch.equal(y, cuda_prefill.matmul(x, weight, gpu))
+        for shape in cuda_prefill._SHAPES:
+            plan = cuda_prefill._shape(TRELLISES[name], dtype, torch.float16, *shape)
+            assert error(cuda_prefill.matmul(x, weight, gpu, replace(plan, blocks=131)), x, weight) < 2
+        if block == 2048:
+            assert error(cuda_dequantize.matmul(x, weight, gpu), x, weight) < 2

@@ -56,6 +56,20 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = 0;
 }
 
+// The transform across chunks of 256 values, which lie one after the other; by a block of 32 threads for each of them.
+template <int CHUNKS> __device__ __forceinline__ void across(float* values) {
+  for (int at = threadIdx.x; at < 256; at += 32 * CHUNKS) {
+    float v[CHUNKS];
+    #pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) v[c] = values[256 * c + at];
+    #pragma unroll
+    for (int h = 1; h < CHUNKS; h *= 2)
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) if (!(c & h)) { const float a = v[c], b = v[c | h]; v[c] = a + b; v[c | h] = a - b; }
+    #pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) values[256 * c + at] = v[c];
+  }
+}
 // The same where width is 256, 512, 1,024 or 2,048: one warp for 256 columns.
 extern "C" __global__ void __launch_bounds__(256)
 rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols, int width) {
@@ -70,7 +84,12 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols, int w
   if (chunks > 1) {
     leave(v, values + 256 * warp, lane);
     __syncthreads();
-    gather(v, values, chunks, warp, lane);
+    if (chunks == 8) across<8>(values);
+    else if (chunks == 4) across<4>(values);
+    else across<2>(values);
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = values[256 * warp + 32 * i + lane];
   }
   const uint4 packed = pack8(v, rsqrtf((float)width));
   u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
