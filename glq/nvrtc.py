@@ -16,8 +16,8 @@ from torch import Tensor
 from glq.errors import GlqError
 
 RESERVED = 1024  # bytes of shared memory that the driver takes for each block, from compute capability 8.0 on
-_EXCHANGE = 1 << 16  # floats at least
-_KEPT = 64  # exchanges: of streams and captures lately used
+_AT_LEAST = 1 << 16  # words of what blocks share
+_KEPT = 64  # of such: of streams and captures lately used
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class Launcher(Protocol):
         The kernel has to leave it as it was.
         """
 
+    def tickets(self, count: int) -> Tensor:
+        """[≥ count] int32 zeros, by which the blocks of a kernel count who is done; it has to leave zeros behind."""
+
 
 class Gpu:
     """A CUDA device. One for each: gpu()."""
@@ -119,7 +122,7 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
-        self._exchanges: dict[tuple[int, int], Tensor] = {}  # by stream and capture
+        self._shared: dict[tuple[int, int, int], Tensor] = {}  # by stream, capture and value
 
     def launch(
         self,
@@ -147,19 +150,27 @@ class Gpu:
             run(stream, config, self._kernels[key], *values)
 
     def exchange(self, count: int) -> Tensor:
-        """As Launcher.exchange.
+        """As Launcher.exchange."""
+        return self._words(count, -1).view(torch.float32)
 
-        What runs at the same time must not share it: each stream has its own, and each capture of a CUDA graph, too,
-        whose replays begin by filling it.
+    def tickets(self, count: int) -> Tensor:
+        """As Launcher.tickets."""
+        return self._words(count, 0)
+
+    def _words(self, count: int, value: int) -> Tensor:
+        """[≥ count] int32 of one value.
+
+        What runs at the same time must not share them: each stream has its own, and each capture of a CUDA graph, too,
+        whose replays begin by filling them.
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        key = (stream, _capture_id(stream))
-        found = self._exchanges.get(key)
+        key = (stream, _capture_id(stream), value)
+        found = self._shared.get(key)
         if found is None or len(found) < count:
-            if len(self._exchanges) >= _KEPT:
-                del self._exchanges[next(iter(self._exchanges))]
-            ones = torch.full((max(count, _EXCHANGE),), -1, dtype=torch.int32, device=self._device)
-            found = self._exchanges[key] = ones.view(torch.float32)
+            if len(self._shared) >= _KEPT:
+                del self._shared[next(iter(self._shared))]
+            words = torch.full((max(count, _AT_LEAST),), value, dtype=torch.int32, device=self._device)
+            found = self._shared[key] = words
         return found
 
     def _load(self, source: Source, name: str, shared: int) -> Any:

@@ -12,7 +12,7 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_decode, cuda_prefill
+from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
@@ -82,30 +82,90 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
 
 
-@emulated
-@pytest.mark.parametrize("name", ["trellis-1.75", "trellis-3", "trellis-4"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "at_once"), [(1, 64), (70, 64), (130, 128)])
-def test_prefill(name, dtype, tokens, at_once):
-    x, weight = problem(name, tokens, 330, 328, 41, dtype)
-    plan = cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, at_once, 8, 3)
-    y = cuda_prefill.matmul(x, weight, Emulator(2), plan)
+def prefill_plan(name, tokens, warpgroups, blocks, dtype=torch.float16, copies=8, stages=3):
+    return cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, tokens, warpgroups, copies, stages, blocks)
+
+
+def check_prefill(tokens, rows, cols, plan, block=41):
+    x, weight = problem(plan.codec.name, tokens, rows, cols, block, plan.dtype)
+    gpu = Emulator(2)
+    y = cuda_prefill.matmul(x, weight, gpu, plan)
     assert error(y, x, weight) < 2
-
-
-@pytest.mark.parametrize("name", TRELLISES)
-def test_prefill_keeps_its_pipeline(name):
-    """ptxas says so where it does not."""
-    for tokens in (64, 4096):
-        plan = cuda_prefill.make_plan(TRELLISES[name], torch.float16, torch.float16, tokens, 4096, 132)
-        assert plan.shared <= 227 * 1024
-        _, report = plan.source.compile_and_report("sm_90a")
-        assert "serialized" not in report
-        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+    assert not gpu.tickets(0).any()
 
 
 @emulated
-@pytest.mark.parametrize("block", [256, 512, 2048, 96, 75])
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prefill_of_every_codec(name, dtype):
+    check_prefill(3, 200, 328, prefill_plan(name, 64, 2, 3, dtype))
+
+
+@emulated
+@pytest.mark.parametrize("rows", [330, 129])
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(1, (64, 4)), (70, (96, 3)), (130, (128, 3)), (193, (192, 2)), (257, (256, 2))]
+)
+def test_prefill_of_every_shape(rows, tokens, shape):
+    check_prefill(tokens, rows, 328, prefill_plan("trellis-3.75", *shape, 5))
+
+
+@emulated
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 18, 24])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_prefill_shares_tiles(blocks, stages):
+    check_prefill(65, 330, 256, prefill_plan("trellis-2.25", 64, 2, blocks, stages=stages), 128)
+
+
+def test_prefill_keeps_its_pipeline():
+    """ptxas says so where it does not."""
+    for name in ("trellis-1.5", "trellis-2.75", "trellis-3.25", "trellis-4"):
+        for shape in cuda_prefill._SHAPES:
+            plan = cuda_prefill._shape(TRELLISES[name], torch.float16, torch.float16, *shape)
+            assert plan.shared <= 227 * 1024 - 256
+            _, report = plan.source.compile_and_report("sm_90a")
+            assert "serialized" not in report
+            assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+
+
+def test_prefill_fills_the_gpu():
+    for tokens in (65, 100, 128, 200, 256, 512, 1000, 8192):
+        for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
+            plan = cuda_prefill.make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, tokens, rows, cols, 132)
+            assert plan.blocks >= 80
+
+
+@emulated
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dequantize_of_every_codec(name, dtype):
+    _, weight = problem(name, 1, 150, 512, 256, dtype)
+    found = cuda_dequantize.dequantize(weight, dtype, Emulator(2)).float()
+    expected = weight.dequantize()
+    plain = (expected.to(dtype).float() - expected).norm()
+    assert (found - expected).norm() < 1.6 * plain
+
+
+@emulated
+@pytest.mark.parametrize("block", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("rows", [1, 33, 129])
+def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
+    monkeypatch.setattr(cuda_dequantize, "_AT_ONCE", 64 * 2 * block)
+    x, weight = problem("trellis-2.75", 200, rows, 2 * block, block, torch.bfloat16)
+    assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
+
+
+def test_dequantize_leaves_room_for_two_blocks():
+    for name in ("trellis-1.5", "trellis-2.75", "trellis-4"):
+        plan = cuda_dequantize.Plan(TRELLISES[name], torch.bfloat16, torch.float16, 2048)
+        assert plan.shared <= 99 * 1024
+        for arch in ("sm_80", "sm_90", "sm_120"):
+            _, report = plan.source.compile_and_report(arch)
+            assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+
+
+@emulated
+@pytest.mark.parametrize("block", [256, 512, 1024, 2048, 96, 75])
 @pytest.mark.parametrize("for_wgmma", [False, True])
 def test_rotation(block, for_wgmma):
     x = torch.randn(11, 2 * block).bfloat16()
@@ -165,3 +225,23 @@ def test_on_a_gpu(name, dtype):
             y = matmul(x, weight, gpu)
             assert error(y, x, weight) < 2
             assert torch.equal(y, matmul(x, weight, gpu))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_tokens_on_a_gpu(name, dtype):
+    gpu = nvrtc.gpu(torch.device("cuda"))
+    for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
+        for tokens in (65, 100, 128, 200, 513, 2000):
+            x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
+            y = cuda_prefill.matmul(x, weight, gpu)
+            assert error(y, x, weight) < 2
+            assert torch.equal(y, cuda_prefill.matmul(x, weight, gpu))
+        for shape in cuda_prefill._SHAPES:
+            plan = cuda_prefill._shape(TRELLISES[name], dtype, torch.float16, *shape)
+            assert error(cuda_prefill.matmul(x, weight, gpu, replace(plan, blocks=131)), x, weight) < 2
+        if block == 2048:
+            assert error(cuda_dequantize.matmul(x, weight, gpu), x, weight) < 2

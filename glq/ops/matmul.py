@@ -10,7 +10,7 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops import cuda_decode, cuda_prefill
+from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
 from glq.packed import PackedLinear, decode_matrix, unpack_signs
 from glq.rotation import rotate
 
@@ -72,6 +72,8 @@ def _nvrtc_works(device: torch.device) -> bool:
 
 def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor | None:
     """By the kernel that is fastest for so many tokens x [tokens, in]; None where Triton's is."""
+    if cuda_dequantize.applies(len(x), weight.block):
+        return cuda_dequantize.matmul(x, weight, gpu)
     if len(x) > _FEW:
         return cuda_prefill.matmul(x, weight, gpu) if gpu.arch == cuda_prefill.ARCH else None
     done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]

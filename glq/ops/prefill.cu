@@ -1,101 +1,222 @@
 // y = x Vᵀ · scale for many tokens on Hopper: x comes rotated, V in trellis codes, which go straight into the operands of wgmma.
 //
-// A block makes 256 rows × TOKENS tokens with two warpgroups. A warp decodes its own row tile of 64, of which the first
-// warpgroup has rows 0 … 31, the second one rows 32 … 63. Tiles of x come through a ring of STAGES.
-// Macros, besides those of tiles.cuh: TOKENS (64 or 128), STAGES.
+// A tile of y is 64 rows a warpgroup × TOKENS tokens; a unit is one step of it, 64 columns. Units, tile after tile, are cut
+// into as many equal runs as there are blocks. While a warpgroup's products of one unit run, its warps decode the next one,
+// 16 rows each. Codes and x come through a ring of STAGES in shared memory; who reads a stage last, requests it anew.
+// Where several blocks have units of one tile, the last one to arrive adds up what they have, always in the same order.
+// Macros, besides those of tiles.cuh: TOKENS (64, 96, 128, 192 or 256), WARPGROUPS, STAGES.
 
-static constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 256;
-static constexpr int STAGE = TOKENS * 128;   // bytes of a tile of x
-static constexpr int OUT_STRIDE = ROWS + 8;  // halves a token takes on its way out
+static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
+static constexpr int X_STAGE = TOKENS * 128, CODE_STAGE = WARPGROUPS * TILE_BYTES;  // bytes
+static constexpr int SLOT = ROWS * TOKENS;  // floats of what a block has of a tile
 
+// ---- which units a block has ----
+
+struct Work {
+  int units, row_tiles, col_tiles, token_blocks;
+
+  __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
+    units = (row_tiles + WARPGROUPS - 1) / WARPGROUPS * token_blocks * col_tiles;
+  }
+  __device__ int begin(int block) const { return (int)((long long)units * block / (int)gridDim.x); }
+  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * (int)gridDim.x - 1) / units); }
+};
+
+// ---- what they read ----
+
+// The unit to be requested next, and where it goes.
+struct Cursor {
+  int left, col, token_block, row_block, stage;
+
+  __device__ __forceinline__ void advance(const Work& work) {
+    --left;
+    if (++stage == STAGES) stage = 0;
+    if (++col < work.col_tiles) return;
+    col = 0;
+    if (++token_block < work.token_blocks) return;
+    token_block = 0;
+    ++row_block;
+  }
+};
+struct Meeting {  // in shared memory: of the threads
+  u64 full[STAGES];
+  u32 readers[STAGES];
+  Cursor next;
+  u32 chosen[WARPGROUPS];
+};
 struct Ring {
-  u8* stages;
-  u64 *full, *empty;
-  const u16* x;  // the block's tokens in the first column tile
-  size_t step;   // halves from one column tile to the next
-  int tiles;
+  const Work& work;
+  const u8* codes;
+  const u16* x;
+  u8 *x_stages, *code_stages;
+  u64* full;
+  u32* readers;  // warps that are done with a stage
+  Cursor* next;
 
-  __device__ __forceinline__ void request(int tile) const {  // by one thread
-    if (tile < tiles) copy_bulk(stages + tile % STAGES * STAGE, x + tile * step, STAGE, full + tile % STAGES);
+  // By one thread.
+  __device__ __forceinline__ void request_codes(const Cursor& c) const {
+    if (c.left <= 0) return;
+    #pragma unroll
+    for (int i = 0; i < WARPGROUPS; ++i) {
+      const int row = min(c.row_block * WARPGROUPS + i, work.row_tiles - 1);
+      copy_bulk(stage_codes(c.stage) + i * TILE_BYTES, codes + ((size_t)row * work.col_tiles + c.col) * TILE_BYTES, TILE_BYTES, full + c.stage);
+    }
+  }
+  __device__ __forceinline__ void request_x(const Cursor& c) const {
+    const size_t block = (size_t)c.col * work.token_blocks + c.token_block;
+    if (c.left > 0) copy_bulk(x_stages + c.stage * X_STAGE, x + block * TOKENS * 64, X_STAGE, full + c.stage);
+  }
+  __device__ __forceinline__ u8* stage_codes(int stage) const { return code_stages + stage * CODE_STAGE; }
+  __device__ __forceinline__ u32 stage_x(int stage) const { return shared_address(x_stages + stage * X_STAGE); }
+  __device__ __forceinline__ void await_unit(int n) const { await(full + n % STAGES, n / STAGES & 1); }
+  // By every warp that has read the run's n-th unit.
+  __device__ __forceinline__ void release(int n) const {
+    if (threadIdx.x % 32 || !count_to(readers + n % STAGES, THREADS / 32 - 1)) return;
+    Cursor c = *next;
+    request_codes(c);
+    request_x(c);
+    c.advance(work);
+    *next = c;
   }
 };
 
-// acc[m] += rows 16 (FIRST + m) … of the warp's row tile, all columns. While one warpgroup's products run, the other one decodes.
-template <int FIRST> __device__ __forceinline__ void multiply_row(float (*acc)[TOKENS / 2], const u8* tile, const Ring& ring, u32 table, int lane) {
-  u32 now[REGS], next[REGS], a[4][2][4];
-  load_codes(now, tile, lane);
-  for (int c = 0; c < ring.tiles; ++c) {
-    if (c + 1 < ring.tiles) load_codes(next, tile + (size_t)(c + 1) * TILE_BYTES, lane);
-    #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      u32 ends[2];
-      ends_of(ends, now, s);
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) a[s][i / 4][i % 4] = value(state_of(now, ends, s, FIRST + i / 4, i % 4), table);
-    }
-    await(ring.full + c % STAGES, c / STAGES & 1);
-    const u32 at = shared_address(ring.stages + c % STAGES * STAGE);
+// ---- the product ----
+
+// acc += the warpgroup's rows · x, units n … end - 1 of the run. Registers of products that run are left alone, so that
+// decoding takes turns between two sets.
+__device__ __forceinline__ void multiply_units(float* acc, int n, int end, const Ring& ring, u32 copy) {
+  const int warp = threadIdx.x / 32;
+  u32 even[4][4], odd[4][4];
+  auto decode = [&](u32 (*a)[4], int n) {
+    ring.await_unit(n);
+    decode_slice(a, ring.stage_codes(n % STAGES) + warp / 4 * TILE_BYTES, warp % 4, copy);
+  };
+  auto multiply_by = [&](const u32 (*a)[4], int n) {
+    const u32 at = ring.stage_x(n % STAGES);
     begin_products();
     #pragma unroll
-    for (int s = 0; s < 4; ++s)
-      #pragma unroll
-      for (int m = 0; m < 2; ++m) multiply(acc[m], a[s][m], describe(at, 16 * s));
+    for (int s = 0; s < 4; ++s) multiply(acc, a[s], describe(at, 16 * s));
     commit_products();
+  };
+  decode(even, n);
+  multiply_by(even, n);
+  while (++n < end) {
+    decode(odd, n);
+    multiply_by(odd, n);
+    await_products<1>();
+    ring.release(n - 1);
+    if (++n == end) break;
+    decode(even, n);
+    multiply_by(even, n);
+    await_products<1>();
+    ring.release(n - 1);
+  }
+  await_products<0>();
+  ring.release(end - 1);
+}
+
+// ---- sums ----
+
+struct Output {
+  u16* y;
+  const void* scale;
+  int tokens, rows;
+
+  // What a warp has of rows from `row` on and tokens from `token` on.
+  __device__ __forceinline__ void put(const float* acc, int row, int token) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
+    const float low = row + g < rows ? load_scale(scale, row + g) : 0, high = row + 8 + g < rows ? load_scale(scale, row + 8 + g) : 0;
     #pragma unroll
-    for (int i = 0; i < REGS; ++i) now[i] = next[i];
-    await_products<0>();
-    if (lane == 0) arrive(ring.empty + c % STAGES);
-    if (threadIdx.x == 0 && c > 0) {  // the other warps are done with the tile before, or nearly
-      await(ring.empty + (c - 1) % STAGES, (c - 1) / STAGES & 1);
-      ring.request(c - 1 + STAGES);
+    for (int i = 0; i < TOKENS / 8; ++i) {
+      const u32 first = transpose(to16(acc[4 * i] * low) | (u32)to16(acc[4 * i + 1] * low) << 16);
+      const u32 second = transpose(to16(acc[4 * i + 2] * high) | (u32)to16(acc[4 * i + 3] * high) << 16);
+      if (token + 8 * i + g < tokens) {
+        u16* const to = y + (size_t)(token + 8 * i + g) * rows;
+        put2(to, at, first);
+        put2(to, at + 8, second);
+      }
     }
   }
+  __device__ __forceinline__ void put2(u16* to, int row, u32 pair) const {
+    if (rows % 2 == 0) {
+      if (row < rows) *(u32*)(to + row) = pair;
+    } else {
+      if (row < rows) to[row] = (u16)pair;
+      if (row + 1 < rows) to[row + 1] = (u16)(pair >> 16);
+    }
+  }
+};
+// The blocks from first to last share a tile. A warpgroup leaves its part in its slot; whether it is the last one to do so,
+// and acc the sum of all. slots: two a block, of which `at` is the first block's.
+__device__ __forceinline__ bool add_up(float* acc, float* slots, int slot, int at, int first, int last, u32* ticket, u32* chosen) {
+  const int group = threadIdx.x / 128;
+  float4* const parts = (float4*)slots + group * (TOKENS / 8) * 128 + threadIdx.x % 128;
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 8; ++i) parts[(size_t)slot * (SLOT / 4) + i * 128] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
+  __threadfence();
+  sync_warpgroup(1 + group);
+  if (threadIdx.x % 128 == 0) {
+    chosen[group] = atomicAdd(ticket + group, 1) == (u32)(last - first);
+    if (chosen[group]) ticket[group] = 0;
+    __threadfence();
+  }
+  sync_warpgroup(1 + group);
+  if (!chosen[group]) return false;
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+  for (int b = first; b <= last; ++b) {
+    const float4* const from = parts + (size_t)(2 * b + (b == first ? at : 0)) * (SLOT / 4);
+    #pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i) {
+      const float4 v = __ldcg(from + i * 128);
+      acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+    }
+  }
+  return true;
 }
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of the fragments; codes, scale and y
-// as in decode.cu. A grid of token blocks × row blocks.
+// as in decode.cu. partial: [grid][2][SLOT]; tickets: [tiles][WARPGROUPS] zeros, which they are again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
+prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* partial, u32* tickets,
+        int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
-  __shared__ u64 full[STAGES], empty[STAGES];
-  u32* const entries = (u32*)memory;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first_token = blockIdx.x * TOKENS, first_tile = blockIdx.y * 4;
   let_next_start();
-  fill_table(entries, table, THREADS);
-  const Ring ring{memory, full, empty, x + (size_t)first_token * 64, (size_t)padded * 64, col_tiles};
+  const Work work(row_tiles, col_tiles, padded / TOKENS);
+  const Output out{y, scale, tokens, rows};
+  const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), warp = threadIdx.x / 32;
+  u8 *const x_stages = memory + TABLE_BYTES, *const code_stages = x_stages + STAGES * X_STAGE;
+  Meeting& meeting = *(Meeting*)(code_stages + STAGES * CODE_STAGE);
+  const Ring ring{work, codes, x, x_stages, code_stages, meeting.full, meeting.readers, &meeting.next};
+  const Cursor first{end - begin, begin % col_tiles, begin / col_tiles % work.token_blocks, begin / col_tiles / work.token_blocks, 0};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      init_barrier(full + i, 1);
-      init_barrier(empty + i, WARPS);
+      init_barrier(meeting.full + i, 1 + WARPGROUPS);
+      meeting.readers[i] = 0;
     }
     publish_barriers();
-    wait_for_previous();
-    for (int i = 0; i < STAGES; ++i) ring.request(i);
+    Cursor c = first;  // the codes do not wait for the kernel ahead
+    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_codes(c);
+  }
+  check_table(memory);
+  fill_table(memory, table, THREADS);
+  wait_for_previous();
+  if (threadIdx.x == 0) {
+    Cursor c = first;
+    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_x(c);
+    meeting.next = c;
   }
   __syncthreads();
-  const int half = warp / 4, row_tile = min(first_tile + warp % 4, row_tiles - 1);
-  const u8* const tile = codes + (size_t)row_tile * col_tiles * TILE_BYTES;
-  const u32 values = address_table(entries);
-  float acc[2][TOKENS / 2];
-  #pragma unroll
-  for (int i = 0; i < TOKENS; ++i) (&acc[0][0])[i] = 0;
-  if (half == 0) multiply_row<0>(acc, tile, ring, values, lane);
-  else multiply_row<2>(acc, tile, ring, values, lane);
-
-  __syncthreads();  // the last stages are read, too: out through their memory
-  u16* const out = (u16*)memory;
-  #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  const u32 copy = own_copy();
+  float acc[TOKENS / 2];
+  for (int unit = begin; unit < end;) {
+    const int tile = unit / col_tiles, tile_begin = tile * col_tiles, tile_end = tile_begin + col_tiles, stop = min(end, tile_end);
     #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) {
-      const int row = warp % 4 * 64 + 16 * (2 * half + m) + g + i / 2 % 2 * 8, token = i / 4 * 8 + 2 * t + i % 2;
-      const int at = first_tile * 64 + row;
-      out[token * OUT_STRIDE + row] = to16(at < rows ? acc[m][i] * load_scale(scale, at) : 0);
-    }
-  __syncthreads();
-  wait_for_previous();
-  const int columns = min(ROWS, rows - first_tile * 64), last = min(TOKENS, tokens - first_token);
-  for (int token = warp; token < last; token += WARPS)
-    for (int row = lane; row < columns; row += 32) y[(size_t)(first_token + token) * rows + first_tile * 64 + row] = out[token * OUT_STRIDE + row];
+    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+    multiply_units(acc, unit - begin, stop - begin, ring, copy);
+    const int first = work.owner(tile_begin), last = work.owner(tile_end - 1), slot = 2 * blockIdx.x + (tile != begin / col_tiles);
+    if (first == last || add_up(acc, partial, slot, tile != work.begin(first) / col_tiles, first, last, tickets + tile * WARPGROUPS, meeting.chosen))
+      out.put(acc, tile / work.token_blocks * ROWS + 16 * warp, tile % work.token_blocks * TOKENS);
+    unit = stop;
+  }
 }

@@ -53,6 +53,12 @@ __device__ __forceinline__ float from_half(u16 v) {
   return r;
 }
 __device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
+// Two in fp16, whatever x has.
+__device__ __forceinline__ u32 halves(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 #if BF16
 __device__ __forceinline__ float from16(u16 v) { return from_bf16(v); }
 __device__ __forceinline__ u16 to16(float v) {

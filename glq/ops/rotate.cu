@@ -63,19 +63,40 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
   __shared__ __align__(16) float values[256 * CHUNKS];
   let_next_start();
   const int token = blockIdx.x, start = blockIdx.y * 256 * CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int col = start + 256 * warp + 8 * lane;
   float v[8];
   wait_for_previous();
-  load_signed(v, x + (size_t)token * cols, signs, start + 256 * warp + 8 * lane);
+  load_signed(v, x + (size_t)token * cols, signs, col);
   hadamard256(v, lane);
-  leave(v, values + 256 * warp, lane);
-  __syncthreads();
-  for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
-    float w[CHUNKS];
-    gather<CHUNKS>(w, values + i);
-    #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      const int col = start + 256 * c + i;
-      out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = to16(w[c] * rsqrtf(256.0f * CHUNKS));
+  if (CHUNKS > 1) {
+    leave(v, values + 256 * warp, lane);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
+      float w[CHUNKS];
+      gather<CHUNKS>(w, values + i);
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) values[256 * c + i] = w[c];
     }
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = values[256 * warp + 8 * lane + i];
   }
+  u32 pairs[4];
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = (u32)to16(v[2 * i] * rsqrtf(256.0f * CHUNKS)) | (u32)to16(v[2 * i + 1] * rsqrtf(256.0f * CHUNKS)) << 16;
+  u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
+#if FOR_WGMMA
+  const int mine = lane / 2 % 4;  // of the chunks to which four lanes have a pair each: so they change pairs, and write 16 bytes
+  #pragma unroll
+  for (int h = 1; h < 4; h *= 2)
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) if (!(i & h)) {
+      const u32 got = __shfl_sync(~0u, mine & h ? pairs[i] : pairs[i | h], lane ^ 2 * h);
+      if (mine & h) pairs[i] = got;
+      else pairs[i | h] = got;
+    }
+  *(uint4*)(row + ((lane % 2 * 4 + mine) ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+#else
+  *(uint4*)(row + col % 64) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+#endif
 }

@@ -40,21 +40,60 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #else
 #define GLQ_TYPES "f32.f16.f16"
 #endif
+// The operands of `multiply`: TOKENS / 2 sums, then 4 registers of a and what describes b.
+#define GLQ_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define GLQ_R1 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define GLQ_R2 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define GLQ_R3 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define GLQ_R4 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define GLQ_R5 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define GLQ_R6 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define GLQ_R7 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define GLQ_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-// d [64, TOKENS] += a [64, 16] · b [16, TOKENS]; a in registers, 16 rows a warp, b described.
-__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b) {
+#define GLQ_D32(d, i) GLQ_D8(d, i), GLQ_D8(d, i + 8), GLQ_D8(d, i + 16), GLQ_D8(d, i + 24)
 #if TOKENS == 64
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." GLQ_TYPES
-    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-    " {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-    : GLQ_D8(d, 0), GLQ_D8(d, 8), GLQ_D8(d, 16), GLQ_D8(d, 24)
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define GLQ_SUMS GLQ_R0 "," GLQ_R1
+#define GLQ_INPUTS "{%32,%33,%34,%35}, %36"
+#define GLQ_D(d) GLQ_D32(d, 0)
+#elif TOKENS == 96
+#define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2
+#define GLQ_INPUTS "{%48,%49,%50,%51}, %52"
+#define GLQ_D(d) GLQ_D32(d, 0), GLQ_D8(d, 32), GLQ_D8(d, 40)
+#elif TOKENS == 128
+#define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3
+#define GLQ_INPUTS "{%64,%65,%66,%67}, %68"
+#define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32)
+#elif TOKENS == 192
+#define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5
+#define GLQ_INPUTS "{%96,%97,%98,%99}, %100"
+#define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32), GLQ_D32(d, 64)
 #else
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." GLQ_TYPES
-    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-    " {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-    : GLQ_D8(d, 0), GLQ_D8(d, 8), GLQ_D8(d, 16), GLQ_D8(d, 24), GLQ_D8(d, 32), GLQ_D8(d, 40), GLQ_D8(d, 48), GLQ_D8(d, 56)
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5 "," GLQ_R6 "," GLQ_R7
+#define GLQ_INPUTS "{%128,%129,%130,%131}, %132"
+#define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32), GLQ_D32(d, 64), GLQ_D32(d, 96)
 #endif
+#define GLQ_TEXT(n) #n
+#define GLQ_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" GLQ_TEXT(n) "k16." GLQ_TYPES
+// d [64, TOKENS] += a [64, 16] · b [16, TOKENS]; a in registers, 16 rows a warp, b described. d and a are not to be touched
+// until the product is done.
+__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b) {
+  asm volatile(GLQ_WGMMA(TOKENS) " {" GLQ_SUMS "}, " GLQ_INPUTS ", 1, 1, 1, 0;"
+               : GLQ_D(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// ---- warpgroups ----
+
+// Barrier `id` of the 128 threads of one; 0 is __syncthreads'.
+__device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// One more in `counter`, which counts to `last` and begins again; whether it was the last. What the others did before is seen.
+__device__ __forceinline__ bool count_to(u32* counter, u32 last) {
+  u32 before;
+  asm volatile("atom.acq_rel.cta.shared.inc.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(counter)), "r"(last) : "memory");
+  return before == last;
+}
+// An 8 × 8 matrix of 16-bit values, of which a lane has two of row lane / 4, transposed.
+__device__ __forceinline__ u32 transpose(u32 v) {
+  u32 r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
 }

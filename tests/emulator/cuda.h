@@ -32,7 +32,7 @@ using std::min;
 static Index threadIdx, blockIdx, gridDim, blockDim;
 alignas(1024) static u8 dynamic_shared[1 << 18];
 
-enum State { READY, AT_BARRIER, IN_WARP, DONE };
+enum State { READY, AT_BARRIER, IN_WARP, IN_WARPGROUP, DONE };
 struct Fiber { ucontext_t context; std::vector<char> stack; State state; };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -51,6 +51,8 @@ static void fail(const char* what) {
 static void __syncthreads() { pause_as(AT_BARRIER); }
 static void sync_warp() { pause_as(IN_WARP); }
 
+static u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
+static void __threadfence() {}
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 template <typename T> static T __ldcg(const T* p) { return *p; }
@@ -108,6 +110,7 @@ static void wait_for_previous() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
+static u32 halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u16 to_bf16(float v) { const u32 u = __float_as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
 #if BF16
 static float from16(u16 v) { return from_bf16(v); }
@@ -155,11 +158,33 @@ static u64 describe(u32 at, int k) {
   if (at % 1024) fail("operand that is not aligned to 1,024 bytes");
   return (u64)at << 32 | (u32)k;
 }
-static void begin_products() {}
+static bool count_to(u32* counter, u32 last) {
+  const u32 before = *counter;
+  *counter = before == last ? 0 : before + 1;
+  return before == last;
+}
+static void sync_warpgroup(int id) {
+  if (id != 1 + current / 128) fail("barrier of another warpgroup");
+  pause_as(IN_WARPGROUP);
+}
+static u32 transpose(u32 v) {
+  auto& shown = exchange[current / 32];
+  const int lane = current % 32, row = lane / 4, col = lane % 4 * 2;
+  shown[lane][0] = v;
+  sync_warp();
+  u32 r = 0;
+  for (int i = 0; i < 2; ++i) r |= (shown[(col + i) * 4 + row / 2][0] >> 16 * (row % 2) & 0xFFFF) << 16 * i;
+  sync_warp();
+  return r;
+}
+// Products run as late as they may: what they read and write too early or too late shows.
+struct Product { float* d; const u32* a; u64 b; };
+static std::vector<std::vector<Product>> products[1024];  // of each thread: groups, of which the last one is open
+static void begin_products() { products[current].emplace_back(); }
 static void commit_products() {}
-template <int PENDING> static void await_products() {}
 #ifdef TOKENS
-static void multiply(float* d, const u32* a, u64 b) {
+static void multiply(float* d, const u32* a, u64 b) { products[current].back().push_back({d, a, b}); }
+static void run_product(float* d, const u32* a, u64 b) {
   const int lane = current % 32;
   auto& shown = exchange[current / 32];
   std::copy(a, a + 4, shown[lane]);
@@ -174,6 +199,11 @@ static void multiply(float* d, const u32* a, u64 b) {
     }
   }
   sync_warp();
+}
+template <int PENDING> static void await_products() {
+  auto& groups = products[current];
+  for (; groups.size() > PENDING; groups.erase(groups.begin()))
+    for (const Product& p : std::vector<Product>(groups[0])) run_product(p.d, p.a, p.b);
 }
 #endif
 
@@ -208,6 +238,8 @@ static void run_block(int threads) {
     bool moved = count(0, threads, READY) > 0;  // they wait for a barrier in memory
     for (int w = 0; w < threads; w += 32)
       if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
+    for (int w = 0; w + 128 <= threads; w += 128)
+      if (count(w, w + 128, IN_WARPGROUP) == 128) release(w, w + 128), moved = true;
     if (count(0, threads, DONE) == threads) return;
     if (!moved && count(0, threads, AT_BARRIER) == threads) release(0, threads), moved = true;
     if (!moved) fail("threads wait for others that never come");
