@@ -34,10 +34,13 @@ def test_a_pair_from_16_bits_of_the_circle(name):
         at = p * codec.code_bits // 8
         state = (circle >> at | circle << total - at) & 0xFFFF
         h = state * MULTIPLIER % 2**32
-        beside = codec.table_bits <= 9
-        entry = table[h >> (14 if beside else 15) - codec.table_bits & 2**codec.table_bits - 1].tolist()
-        assert values[2 * p] == (-entry[0] if h >> 15 & 1 else entry[0])
-        assert values[2 * p + 1] == (-entry[1] if h >> (14 if beside else 31) & 1 else entry[1])
+        if codec.table_bits == 10:
+            entry, second = (h >> 7 & 0xFF) + (h >> 8 & 0x300), h >> 31
+        else:
+            entry, second = (h & 0x3FFF) >> 14 - codec.table_bits, h >> 14 & 1
+        first, other = table[entry].tolist()
+        assert values[2 * p] == (-first if h >> 15 & 1 else first)
+        assert values[2 * p + 1] == (-other if second else other)
 
 
 @EVERY

@@ -107,7 +107,7 @@ def _trellis_values(
     if SIGNED:
         pair = tl.load(table + ((h & 0xFFFF) >> (16 - INDEX_BITS)))
     else:
-        pair = tl.load(table + ((h & 0x7FFF) >> (15 - INDEX_BITS))) ^ (h & 0x80008000)
+        pair = tl.load(table + ((h >> 7 & 0xFF) | (h >> 8 & 0x300))) ^ (h & 0x80008000)
     even = pair.to(tl.uint16).to(PAIR, bitcast=True)
     odd = (pair >> 16).to(tl.uint16).to(PAIR, bitcast=True)
     return even, odd
