@@ -192,6 +192,14 @@ def test_the_first_use_checks_the_kernel(monkeypatch):
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228, 103: 228}  # KB of a multiprocessor; of the others 100
 
 
+@emulated
+def test_shared_memory_that_begins_elsewhere_is_not_silently_wrong():
+    x, weight = problem("trellis-4", 3, 70, 128, 64, torch.bfloat16)
+    assert matmul(x, weight, Emulator(2, begin=2048)).isnan().all()
+    with pytest.raises(GlqError, match="computes something else"):
+        cuda_decode.try_out(Emulator(1, begin=2048), torch.device("cpu"))
+
+
 def plans(arch):
     gpu = Emulator(132, SHARED_MEMORY.get(arch, 100) * 1024)
     for codec in TRELLISES.values():

@@ -185,6 +185,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
        int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
   extern __shared__ __align__(128) u8 memory[];
   let_next_start();
+  if (refuses(memory, y, (size_t)tokens * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
   const Work work{row_tiles, col_tiles, (col_tiles + WK - 1) / WK, length, longer};
   const Output out{y, scale, tokens, rows};
@@ -203,7 +204,6 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
     if (next_is) load_codes(next, ahead.tile, lane);
     ahead.advance(work);
   }
-  check_table(memory);
   fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head

@@ -73,7 +73,7 @@ dequantize(const u8* codes, const u8* signs, const u32* table, const void* scale
   u32* const values = (u32*)(memory + TABLE_BYTES);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = col_tiles / TILES;
   let_next_start();
-  check_table(memory);
+  if (refuses(memory, out, (size_t)rows * col_tiles * 64)) return;
   fill_table(memory, table, THREADS);
   wait_for_previous();
   __syncthreads();

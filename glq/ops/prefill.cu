@@ -182,6 +182,7 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
+  if (refuses(memory, y, (size_t)tokens * rows)) return;
   const Work work(row_tiles, col_tiles, padded / TOKENS);
   const Output out{y, scale, tokens, rows};
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), warp = threadIdx.x / 32;
@@ -198,7 +199,6 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
     Cursor c = first;  // the codes do not wait for the kernel ahead
     for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_codes(c);
   }
-  check_table(memory);
   fill_table(memory, table, THREADS);
   wait_for_previous();
   if (threadIdx.x == 0) {

@@ -15,7 +15,6 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instr
   asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-__device__ __forceinline__ void stop_with_an_error() { asm volatile("trap;"); }
 
 // ---- memory ----
 

@@ -19,7 +19,9 @@ class Emulator:
 
     arch = 90
 
-    def __init__(self, multiprocessors: int, shared_memory: int = 228 * 1024) -> None:
+    def __init__(self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024) -> None:
+        """begin: where dynamic shared memory does."""
+        self._begin = begin
         self.multiprocessors = multiprocessors
         self.shared_memory = shared_memory
         self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
@@ -40,17 +42,18 @@ class Emulator:
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
-        getattr(_library(source), f"run_{name}")(columns, rows, block, array)
+        getattr(_library(source, self._begin), f"run_{name}")(columns, rows, block, array)
 
 
 @cache
-def _library(source):
+def _library(source, begin):
     texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
     code = "\n".join(texts)
     code = re.sub(
-        r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + 1024);", code
+        r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + SHARED_BEGIN);", code
     )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
+    macros += f"#define SHARED_BEGIN {begin}\n"
     text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / "kernels.so"

@@ -78,7 +78,6 @@ static u32 prmt(u32 a, u32 b, u32 s) {
   for (int i = 0; i < 4; ++i) r |= (u32)(((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
-static void stop_with_an_error() { fail("trap"); }
 static int uniform(int v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
