@@ -108,9 +108,6 @@ class Launcher(Protocol):
         The kernel has to leave it as it was.
         """
 
-    def tickets(self, count: int) -> Tensor:
-        """[≥ count] int32 zeros, by which the blocks of a kernel count who is done; it has to leave zeros behind."""
-
 
 class Gpu:
     """A CUDA device. One for each: gpu()."""
@@ -122,7 +119,7 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
-        self._shared: dict[tuple[int, int, int], Tensor] = {}  # by stream, capture and value
+        self._exchanges: dict[tuple[int, int], Tensor] = {}  # by stream and capture
 
     def launch(
         self,
@@ -150,27 +147,19 @@ class Gpu:
             run(stream, config, self._kernels[key], *values)
 
     def exchange(self, count: int) -> Tensor:
-        """As Launcher.exchange."""
-        return self._words(count, -1).view(torch.float32)
-
-    def tickets(self, count: int) -> Tensor:
-        """As Launcher.tickets."""
-        return self._words(count, 0)
-
-    def _words(self, count: int, value: int) -> Tensor:
-        """[≥ count] int32 of one value.
+        """As Launcher.exchange.
 
         What runs at the same time must not share them: each stream has its own, and each capture of a CUDA graph, too,
         whose replays begin by filling them.
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        key = (stream, _capture_id(stream), value)
-        found = self._shared.get(key)
+        key = (stream, _capture_id(stream))
+        found = self._exchanges.get(key)
         if found is None or len(found) < count:
-            if len(self._shared) >= _KEPT:
-                del self._shared[next(iter(self._shared))]
-            words = torch.full((max(count, _AT_LEAST),), value, dtype=torch.int32, device=self._device)
-            found = self._shared[key] = words
+            if len(self._exchanges) >= _KEPT:
+                del self._exchanges[next(iter(self._exchanges))]
+            words = torch.full((max(count, _AT_LEAST),), -1, dtype=torch.int32, device=self._device)
+            found = self._exchanges[key] = words.view(torch.float32)
         return found
 
     def _load(self, source: Source, name: str, shared: int) -> Any:

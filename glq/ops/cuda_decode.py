@@ -74,9 +74,8 @@ class Plan:
             "AHEAD": self.ahead,
             "RESIDENT": self.resident,
         }
-        return nvrtc.Source(
-            ("ops/ptx.cuh", "ops/hadamard.cuh", "ops/tiles.cuh", "ops/decode.cu"), tuple(macros.items())
-        )
+        files = ("ops/ptx.cuh", "ops/hadamard.cuh", "ops/tiles.cuh", "ops/exchange.cuh", "ops/decode.cu")
+        return nvrtc.Source(files, tuple(macros.items()))
 
 
 def max_tokens(arch: int) -> int:

@@ -34,7 +34,7 @@ _SHARED_BYTES = 128
 _CONFLICTS = {4: 3.2, 8: 3.0, 16: 2.0, 32: 1.0}  # cycles a read of the table takes, by its copies
 _LEAST = 500  # cycles of one unit, however few tokens: what decoding takes from end to end
 _START = 3000  # of a block: its table, its first tiles
-_MEETING = 2500  # of blocks that share a tile, besides the bytes
+_MEETING = 1500  # of blocks that share a tile, besides the bytes: from a store to who polls for it
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,23 @@ class Plan:
             "WARPGROUPS": self.warpgroups,
             "STAGES": self.stages,
         }
-        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/slices.cuh", "ops/wgmma.cuh", "ops/prefill.cu")
+        files = (
+            "ops/ptx.cuh",
+            "ops/tiles.cuh",
+            "ops/slices.cuh",
+            "ops/wgmma.cuh",
+            "ops/exchange.cuh",
+            "ops/prefill.cu",
+        )
         return nvrtc.Source(files, tuple(macros.items()), of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:
         """Of y."""
         return -(-tokens // self.tokens) * -(-out_features // self.rows)
 
-    def shares_tiles(self, tiles: int, col_tiles: int) -> bool:
+    def shares_tiles(self, tiles: int) -> bool:
         """Whether blocks add up what they have."""
-        return bool(tiles * col_tiles % self.blocks or tiles % self.blocks)
+        return tiles % self.blocks > 0
 
     def unit_cycles(self) -> float:
         """Of a multiprocessor, for one unit: what takes longest."""
@@ -96,10 +103,10 @@ class Plan:
         """From beginning to end."""
         waves = -(-self.blocks // multiprocessors)
         total = waves * (_START + -(-tiles * col_tiles // self.blocks) * self.unit_cycles())
-        if not self.shares_tiles(tiles, col_tiles):
+        if not self.shares_tiles(tiles):
             return total
-        parts = 1 + -(-self.blocks // tiles)
-        return total + _MEETING + parts * 4 * self.rows * self.tokens / _L2
+        taken = -(-self.blocks // tiles) - (self.blocks % tiles == 0)  # parts, which are read and made EMPTY
+        return total + _MEETING + (1 + 2 * taken) * 4 * self.rows * self.tokens / _L2
 
 
 @lru_cache(4096)
@@ -119,7 +126,8 @@ def make_plan(
         return plan.cycles(plan.tiles(tokens, out_features), col_tiles, multiprocessors)
 
     shapes = [_shape(codec, dtype, scale, *shape) for shape in _SHAPES]
-    return min((p for s in shapes for p in _spread(s, s.tiles(tokens, out_features), multiprocessors)), key=cycles)
+    plans = (p for s in shapes for p in _spread(s, s.tiles(tokens, out_features), col_tiles, multiprocessors))
+    return min(plans, key=cycles)
 
 
 def _shape(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, tokens: int, warpgroups: int) -> Plan:
@@ -131,10 +139,10 @@ def _shape(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, tokens: int, 
     return replace(plan, stages=min(8, 3 + (_SHARED - plan.shared) // plan._stage))
 
 
-def _spread(plan: Plan, tiles: int, multiprocessors: int) -> Iterator[Plan]:
-    """With a block for each tile, with several for each, and with one for each multiprocessor."""
-    each = max(1, multiprocessors // tiles)
-    for blocks in (tiles, each * tiles, multiprocessors):
+def _spread(plan: Plan, tiles: int, col_tiles: int, multiprocessors: int) -> Iterator[Plan]:
+    """With a block for each tile, with several for each, and with one for each multiprocessor; each has a unit."""
+    each = max(1, min(multiprocessors // tiles, col_tiles))
+    for blocks in (tiles, each * tiles, min(multiprocessors, tiles * col_tiles)):
         yield replace(plan, blocks=blocks)
 
 
@@ -148,12 +156,12 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     row_tiles, col_tiles, _ = weight.codes.shape
     padded = -(-tokens // plan.tokens) * plan.tokens
     tiles = plan.tiles(tokens, rows)
-    slots = 2 * plan.blocks if plan.shares_tiles(tiles, col_tiles) else 0
+    assert plan.blocks <= tiles * col_tiles
+    slots = plan.blocks if plan.shares_tiles(tiles) else 0
     rotated = rotate_tiles(x, weight.signs, weight.block, padded, True, gpu)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    partial = torch.empty(slots * plan.rows * plan.tokens, dtype=torch.float32, device=x.device)
-    table, tickets = device_table(trellis, x.device, x.dtype), gpu.tickets(tiles * plan.warpgroups if slots else 0)
-    tensors = (weight.codes, rotated, table, weight.scale, y, partial, tickets)
+    table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(slots * plan.rows * plan.tokens)
+    tensors = (weight.codes, rotated, table, weight.scale, y, handed)
     sizes = (tokens, padded, rows, row_tiles, col_tiles)
     gpu.launch(plan.source, "prefill", plan.blocks, 128 * plan.warpgroups, plan.shared, *tensors, *sizes)
     return y

@@ -2,9 +2,8 @@
 //
 // A unit is WR × WK tiles, one a warp: WR row tiles side by side, WK column tiles. Units in row-major order are cut into
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
-// have. Where a run ends inside a group of rows, its part goes to the block that has the group's end, through memory that is
-// full of EMPTY before and after: no counters, no fences, and always the same order of sums. That block waits only for
-// blocks before it, which the GPU started earlier.
+// have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
+// always adds up in the same order.
 // Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for one token; 0: x comes
 // rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it,
 // too), RESIDENT (blocks for which a multiprocessor has registers).
@@ -164,19 +163,6 @@ template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT]
     __syncthreads();
   }
 }
-// What blocks hand each other. A float that is EMPTY is not there yet.
-static constexpr u32 EMPTY = ~0u;  // a NaN that no instruction makes
-
-__device__ __forceinline__ void hand_over(float* to, float4 v) {
-  const u32 words[4] = {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
-  store_shared_by_gpu(to, min(words[0], EMPTY - 1), min(words[1], EMPTY - 1), min(words[2], EMPTY - 1), min(words[3], EMPTY - 1));
-}
-__device__ __forceinline__ float4 take_over(float* from) {
-  uint4 v;
-  do v = load_shared_by_gpu(from); while (v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY);
-  store_shared_by_gpu(from, EMPTY, EMPTY, EMPTY, EMPTY);
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-}
 
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.
@@ -261,7 +247,11 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   if (!later) return;
   for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {  // as take_sums gives them to the threads
     float4 sum = {0, 0, 0, 0};
-    for (int b = shared_from; b < blockIdx.x; ++b) add(sum, take_over(handed + b * slot + i));
+    for (int b = shared_from; b < blockIdx.x; ++b) {
+      float4 part[1];
+      take_over(part, handed + b * slot + i, 0);
+      add(sum, part[0]);
+    }
     add(sum, *(const float4*)(own + blockIdx.x * slot + i));
     out.put4(i / ROWS, head * ROWS + i % ROWS, sum);
   }

@@ -3,14 +3,16 @@
 // A tile of y is 64 rows a warpgroup × TOKENS tokens; a unit is one step of it, 64 columns. Units, tile after tile, are cut
 // into as many equal runs as there are blocks. While a warpgroup's products of one unit run, its warps decode the next one,
 // 16 rows each. Codes and x come through a ring of STAGES in shared memory; who reads a stage last, requests it anew.
-// Where several blocks have units of one tile, the last one to arrive adds up what they have, always in the same order.
+// Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
+// the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
+// a tile whose sums come from others, which are blocks before it, is its last.
 // Macros, besides those of tiles.cuh: TOKENS (64, 96, 128, 192 or 256), WARPGROUPS, STAGES.
 
 static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
 static constexpr int X_STAGE = TOKENS * 128, CODE_STAGE = WARPGROUPS * TILE_BYTES;  // bytes
-static constexpr int SLOT = ROWS * TOKENS;  // floats of what a block has of a tile
+static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
 
-// ---- which units a block has ----
+// ---- which units a run has ----
 
 struct Work {
   int units, row_tiles, col_tiles, token_blocks;
@@ -18,7 +20,7 @@ struct Work {
   __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
     units = (row_tiles + WARPGROUPS - 1) / WARPGROUPS * token_blocks * col_tiles;
   }
-  __device__ int begin(int block) const { return (int)((long long)units * block / (int)gridDim.x); }
+  __device__ int begin(int run) const { return (int)((long long)units * run / (int)gridDim.x); }
   __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * (int)gridDim.x - 1) / units); }
 };
 
@@ -42,7 +44,6 @@ struct Meeting {  // in shared memory: of the threads
   u64 full[STAGES];
   u32 readers[STAGES];
   Cursor next;
-  u32 chosen[WARPGROUPS];
 };
 struct Ring {
   const Work& work;
@@ -146,46 +147,44 @@ struct Output {
     }
   }
 };
-// The blocks from first to last share a tile. A warpgroup leaves its part in its slot; whether it is the last one to do so,
-// and acc the sum of all. slots: two a block, of which `at` is the first block's.
-__device__ __forceinline__ bool add_up(float* acc, float* slots, int slot, int at, int first, int last, u32* ticket, u32* chosen) {
-  const int group = threadIdx.x / 128;
-  float4* const parts = (float4*)slots + group * (TOKENS / 8) * 128 + threadIdx.x % 128;
+// Where a thread's sums lie in what blocks hand over: all have the same ones of a tile.
+__device__ __forceinline__ int place_in_slot() { return threadIdx.x / 128 * 64 * TOKENS + threadIdx.x % 128 * 4; }
+__device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
   #pragma unroll
-  for (int i = 0; i < TOKENS / 8; ++i) parts[(size_t)slot * (SLOT / 4) + i * 128] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
-  __threadfence();
-  sync_warpgroup(1 + group);
-  if (threadIdx.x % 128 == 0) {
-    chosen[group] = atomicAdd(ticket + group, 1) == (u32)(last - first);
-    if (chosen[group]) ticket[group] = 0;
-    __threadfence();
-  }
-  sync_warpgroup(1 + group);
-  if (!chosen[group]) return false;
-  #pragma unroll
-  for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
-  for (int b = first; b <= last; ++b) {
-    const float4* const from = parts + (size_t)(2 * b + (b == first ? at : 0)) * (SLOT / 4);
+  for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+}
+// acc += what other blocks hand over, in the slots from `first` to `last`.
+__device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
+  constexpr int AT_ONCE = TOKENS % 64 ? 6 : 8;
+  static_assert(TOKENS / 8 % AT_ONCE == 0, "all of a thread's sums");
+  #pragma unroll 1
+  for (int slot = first; slot <= last; ++slot) {
+    float* const from = handed + (size_t)slot * SLOT + place_in_slot();
     #pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) {
-      const float4 v = __ldcg(from + i * 128);
-      acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+    for (int i = 0; i < TOKENS / 8; i += AT_ONCE) {
+      float4 v[AT_ONCE];
+      take_over(v, from + 512 * i, 512);
+      #pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        float* const to = acc + 4 * (i + j);
+        to[0] += v[j].x, to[1] += v[j].y, to[2] += v[j].z, to[3] += v[j].w;
+      }
     }
   }
-  return true;
+  __syncwarp();
 }
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of the fragments; codes, scale and y
-// as in decode.cu. partial: [grid][2][SLOT]; tickets: [tiles][WARPGROUPS] zeros, which they are again at the end.
+// as in decode.cu. handed: [grid][SLOT] EMPTY, which it is again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* partial, u32* tickets,
+prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const Work work(row_tiles, col_tiles, padded / TOKENS);
   const Output out{y, scale, tokens, rows};
-  const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), warp = threadIdx.x / 32;
+  const int run = gridDim.x - 1 - blockIdx.x, begin = work.begin(run), end = work.begin(run + 1), warp = threadIdx.x / 32;
   u8 *const x_stages = memory + TABLE_BYTES, *const code_stages = x_stages + STAGES * X_STAGE;
   Meeting& meeting = *(Meeting*)(code_stages + STAGES * CODE_STAGE);
   const Ring ring{work, codes, x, x_stages, code_stages, meeting.full, meeting.readers, &meeting.next};
@@ -214,9 +213,11 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
     multiply_units(acc, unit - begin, stop - begin, ring, copy);
-    const int first = work.owner(tile_begin), last = work.owner(tile_end - 1), slot = 2 * blockIdx.x + (tile != begin / col_tiles);
-    if (first == last || add_up(acc, partial, slot, tile != work.begin(first) / col_tiles, first, last, tickets + tile * WARPGROUPS, meeting.chosen))
+    if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
+    else {
+      if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
       out.put(acc, tile / work.token_blocks * ROWS + 16 * warp, tile % work.token_blocks * TOKENS);
+    }
     unit = stop;
   }
 }

@@ -81,10 +81,8 @@ __device__ __forceinline__ void multiply(float* d, const u32* a, u64 b) {
                : GLQ_D(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// ---- warpgroups ----
+// ---- threads ----
 
-// Barrier `id` of the 128 threads of one; 0 is __syncthreads'.
-__device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 // One more in `counter`, which counts to `last` and begins again; whether it was the last. What the others did before is seen.
 __device__ __forceinline__ bool count_to(u32* counter, u32 last) {
   u32 before;

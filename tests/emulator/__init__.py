@@ -25,17 +25,11 @@ class Emulator:
         self.multiprocessors = multiprocessors
         self.shared_memory = shared_memory
         self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
-        self._tickets = torch.zeros(1024, dtype=torch.int32)
 
     def exchange(self, count):
         assert count <= len(self._exchange)
         assert (self._exchange.view(torch.int32) == -1).all()
         return self._exchange
-
-    def tickets(self, count):
-        assert count <= len(self._tickets)
-        assert not self._tickets.any()
-        return self._tickets
 
     def launch(self, source, name, grid, block, shared, *arguments):
         assert shared <= 2**18

@@ -32,7 +32,7 @@ using std::min;
 static Index threadIdx, blockIdx, gridDim, blockDim;
 alignas(1024) static u8 dynamic_shared[1 << 18];
 
-enum State { READY, AT_BARRIER, IN_WARP, IN_WARPGROUP, DONE };
+enum State { READY, AT_BARRIER, IN_WARP, DONE };
 struct Fiber { ucontext_t context; std::vector<char> stack; State state; };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -50,12 +50,10 @@ static void fail(const char* what) {
 }
 static void __syncthreads() { pause_as(AT_BARRIER); }
 static void sync_warp() { pause_as(IN_WARP); }
+static void __syncwarp() { sync_warp(); }
 
-static u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
-static void __threadfence() {}
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-template <typename T> static T __ldcg(const T* p) { return *p; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 static u32 __funnelshift_r(u32 lo, u32 hi, int s) { return (u32)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
@@ -100,6 +98,7 @@ static void store_shared_by_gpu(float* p, u32 a, u32 b, u32 c, u32 d) {
 static uint4 load_shared_by_gpu(const float* p) {
   uint4 v;
   std::memcpy(&v, p, 16);
+  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) fail("wait for what no block before it hands over");
   return v;
 }
 static void commit_async() {}
@@ -161,10 +160,6 @@ static bool count_to(u32* counter, u32 last) {
   const u32 before = *counter;
   *counter = before == last ? 0 : before + 1;
   return before == last;
-}
-static void sync_warpgroup(int id) {
-  if (id != 1 + current / 128) fail("barrier of another warpgroup");
-  pause_as(IN_WARPGROUP);
 }
 static u32 transpose(u32 v) {
   auto& shown = exchange[current / 32];
@@ -237,8 +232,6 @@ static void run_block(int threads) {
     bool moved = count(0, threads, READY) > 0;  // they wait for a barrier in memory
     for (int w = 0; w < threads; w += 32)
       if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
-    for (int w = 0; w + 128 <= threads; w += 128)
-      if (count(w, w + 128, IN_WARPGROUP) == 128) release(w, w + 128), moved = true;
     if (count(0, threads, DONE) == threads) return;
     if (!moved && count(0, threads, AT_BARRIER) == threads) release(0, threads), moved = true;
     if (!moved) fail("threads wait for others that never come");
