@@ -56,6 +56,7 @@ def available() -> bool:
     """Whether kernels can be compiled here."""
     try:
         import cuda.core  # noqa: F401
+        import platformdirs  # noqa: F401
     except ModuleNotFoundError:
         return False
     return True
@@ -93,4 +94,6 @@ def launch(loaded: Any, grid: int, block: int, shared: int, *arguments: torch.Te
 
 
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glq"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("glq")
