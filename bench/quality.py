@@ -59,9 +59,8 @@ def variants() -> list[Variant]:
     found += [Variant(f"{name}-tuned", uniform[name], tuned=True) for name in ("trellis-2", "trellis-3", "trellis-4")]
     found += [Variant(f"mixed-{b:g}", glq.Settings(bits=b), mixed=True) for b in (2, 2.25, 2.5, 3, 3.5)]
     found += [Variant(f"mixed-{b:g}-tuned", glq.Settings(bits=b), mixed=True, tuned=True) for b in (2, 3)]
-    found += [
-        Variant(f"{n}-no-{w}", uniform[n], without=w) for n in ("trellis-2", "trellis-4") for w in ("rotation", "LDLQ")
-    ]
+    ablated = ("trellis-2", "trellis-4", "e8-2", "nested-4")
+    found += [Variant(f"{n}-no-{w}", uniform[n], without=w) for n in ablated for w in ("rotation", "LDLQ")]
     found.append(Variant("whole-model-4", glq.Settings(bits=4, embeddings=4, head=4)))
     return found
 

@@ -132,11 +132,10 @@ def load(
     memory as the original model. AutoModelForCausalLM.from_pretrained keeps them packed on every device.
     """
     where = pick_device(device) if isinstance(device, str) else device
-    if dtype is None and where.type == "cpu":
-        dtype = torch.float32
+    wanted = dtype or (torch.float32 if where.type == "cpu" else "auto")
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

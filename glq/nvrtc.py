@@ -75,6 +75,7 @@ def available() -> bool:
     """Whether kernels can be compiled here."""
     try:
         import cuda.core  # noqa: F401
+        import platformdirs  # noqa: F401
     except ModuleNotFoundError:
         return False
     return True
@@ -196,4 +197,6 @@ def _capture_id(stream: int) -> int:
 
 
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glq"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("glq")

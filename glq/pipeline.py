@@ -87,7 +87,7 @@ class Settings:
     def codec_of(self, layer: str) -> str:
         """The codec of a layer by its full name. GlqError if no codec has this rate and the layer is not named."""
         for pattern, codec in reversed(self.layers):
-            if pattern == layer or fnmatchcase(layer, pattern):
+            if _matches(layer, pattern):
                 return codec
         if self.codec != "auto":
             return self.codec
@@ -125,9 +125,7 @@ def round_model(
     start = time.monotonic()
     settings = settings or Settings()
     where = pick_device(device)
-    source = SourceModel(resolve(model))
-    settings = _with_tied_rates(settings, source)
-    _refuse_idle_patterns(settings, source)
+    source, settings = open_model(model, settings)
     text = read_text(calibration)
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
@@ -152,12 +150,23 @@ def round_model(
     return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
 
 
+def open_model(model: str | Path, settings: Settings) -> tuple[SourceModel, Settings]:
+    """A model, and the settings as they hold for it. GlqError if they do not fit it, before any work."""
+    source = SourceModel(resolve(model))
+    settings = _with_tied_rates(settings, source)
+    _refuse_idle_patterns(settings, source)
+    return source, settings
+
+
+def _matches(layer: str, pattern: str) -> bool:
+    return pattern == layer or fnmatchcase(layer, pattern)
+
+
 def _refuse_idle_patterns(settings: Settings, source: SourceModel) -> None:
     """GlqError for exceptions that no layer matches: they are misspelt, or meant for another model."""
-    blocks = [(name, source.module(name)) for name in source.blocks]
-    layers = [f"{b}.{n}" for b, block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    layers = source.layers
     for pattern, codec in settings.layers:
-        if not any(pattern == layer or fnmatchcase(layer, pattern) for layer in layers):
+        if not any(_matches(layer, pattern) for layer in layers):
             raise GlqError(
                 f"no layer matches {pattern!r}, which should take {codec}: there are {layers[0]!r}, and others"
             )

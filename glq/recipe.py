@@ -39,13 +39,15 @@ def quantize(
             f"the plan is for {plan.bits} bits, not {settings.bits}: ask for {plan.bits}, or let `glq plan --measured` "
             "allocate anew"
         )
-    if mixed and settings.codec != "auto":
+    if mixed is None:
+        mixed = settings.codec == "auto" and settings.bits not in DEFAULT_CODECS
+    elif mixed and settings.codec != "auto":
         raise GlqError(f"mixed rates take codecs of their own: leave out either mixed or the codec {settings.codec!r}")
     out = Path(out)
     refuse_existing(out)
     if tuning is not None:
         split_text(model, tuning, calibration, pick_device(device))  # refuses now what it would refuse in the end
-    if plan is None and (settings.bits not in DEFAULT_CODECS if mixed is None else mixed) and settings.codec == "auto":
+    if plan is None and mixed:
         plan = make_plan(model, settings.bits, settings, calibration=calibration, device=device, progress=progress)
     kept = None
     if plan is not None:

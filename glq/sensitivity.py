@@ -28,12 +28,11 @@ from glq.calibration import (
     windows,
 )
 from glq.evaluation import total_divergence
-from glq.hub import load_tokenizer, resolve
+from glq.hub import load_tokenizer
 from glq.machine import pick_device
-from glq.pipeline import Settings
+from glq.pipeline import Settings, open_model
 from glq.progress import Listener, Progress, silent
 from glq.rounder import correct_layers, group_seed
-from glq.source import SourceModel
 
 _TOKENS = {"cpu": (4096, 2048), "cuda": (65536, 8192)}  # to calibrate with, and to measure KL on
 _AT_ONCE = {"cpu": 2, "cuda": 1}  # neighbouring blocks whose groups of one kind are measured together
@@ -67,7 +66,7 @@ def measure(
     Takes half a pass over the model for every group, on a CPU for every two. Of the settings, tokens, ctx, seed and
     damping count: take as many tokens as for rounding, since the layers behind make up for less with fewer.
     """
-    bench = _Bench(Path(resolve(model)), read_text(calibration), settings, pick_device(device))
+    bench = _Bench(model, read_text(calibration), settings, pick_device(device))
     blocks = len(bench.source.blocks)
     states, found = bench.reference, []
     step = _AT_ONCE.get(bench.device.type, 1)
@@ -93,13 +92,14 @@ def _kind(group: Group) -> str:
 class _Bench:
     """The model, and tokens on their way into its first block."""
 
-    def __init__(self, path: Path, text: str, settings: Settings, device: torch.device) -> None:
-        self.source, self.device, self._settings = SourceModel(path), device, settings
+    def __init__(self, model: str | Path, text: str, settings: Settings, device: torch.device) -> None:
+        self.source, self._settings = open_model(model, settings)
+        self.device = device
         fit, check = _TOKENS.get(device.type, _TOKENS["cpu"])
         if settings.tokens is not None:
             fit, check = settings.tokens, min(check, settings.tokens // 2)
         fitted, checked = (max(1, n // settings.ctx) for n in (fit, check))
-        ids = windows(load_tokenizer(path), text, fitted + checked, settings.ctx, spread=True)
+        ids = windows(load_tokenizer(self.source.path), text, fitted + checked, settings.ctx, spread=True)
         aside = torch.arange(len(ids)) * checked % len(ids) < checked  # as many as wanted, spread evenly
         set_aside = microbatches(ids[aside], device)
         self._batches, self._held_out = [*microbatches(ids[~aside], device), *set_aside], len(set_aside)

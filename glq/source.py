@@ -73,6 +73,12 @@ class SourceModel:
         """Whether embeddings and lm_head are one matrix."""
         return self.stored_name(f"{self.head}.weight") == self.stored_name(f"{self.embeddings}.weight")
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the linear layers of the decoder blocks."""
+        modules = ((b, self.module(b)) for b in self.blocks)
+        return [f"{b}.{n}" for b, block in modules for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+
     def as_linear(self, name: str, device: torch.device) -> dict[str, nn.Linear]:
         """The matrix of embeddings or lm_head [vocabulary, hidden] as a linear layer in fp32, under its name."""
         weight = self.read(self.stored_name(f"{name}.weight")).to(device, torch.float32)

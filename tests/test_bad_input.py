@@ -359,6 +359,20 @@ def test_a_misspelt_layer_is_refused_before_work(refused, tiny_model, tiny_setti
     )
 
 
+def test_a_misspelt_layer_is_refused_before_layers_are_measured(tiny_model, text_file, tmp_path):
+    steps = []
+    with pytest.raises(GlqError, match="no layer matches"):
+        quantize(
+            tiny_model,
+            tmp_path / "out",
+            Settings(bits=2.6, layers=(("*.v_prj", "nested-4"),), ctx=64),
+            calibration=text_file,
+            progress=steps.append,
+        )
+    assert not steps
+    assert not list(tmp_path.iterdir())
+
+
 def test_mixed_rates_and_a_codec_exclude_each_other(tiny_model, text_file, tmp_path):
     with pytest.raises(GlqError, match="leave out either mixed or the codec 'nested-4'"):
         quantize(tiny_model, tmp_path / "out", Settings(bits=4, codec="nested-4"), calibration=text_file, mixed=True)

@@ -11,6 +11,7 @@ from glq.evaluation import evaluate
 from glq.hub import load_tokenizer
 from glq.machine import pick_device
 from glq.sensitivity import measure
+from glq.source import SourceModel
 
 CPU = pick_device("cpu")
 
@@ -32,13 +33,13 @@ def test_groups_come_in_order_with_what_each_stores(tiny_model, text_file):
 def test_a_group_in_no_use_costs_nothing(tiny_model, text_file, monkeypatch):
     """A block whose output projection is zero: what comes before that does not matter."""
     monkeypatch.setattr(module, "_AT_ONCE", {"cpu": 1})
-    plain = module.SourceModel.read
+    plain = SourceModel.read
 
     def read(self, name):
         value = plain(self, name)
         return torch.zeros_like(value) if name == "model.layers.1.mlp.down_proj.weight" else value
 
-    monkeypatch.setattr(module.SourceModel, "read", read)
+    monkeypatch.setattr(SourceModel, "read", read)
     groups = {g.layers[-1]: g.sensitivity for g in measure(tiny_model, Settings(ctx=64), calibration=text_file)}
     assert groups["model.layers.1.mlp.up_proj"] == pytest.approx(0, abs=1e-9)
     assert groups["model.layers.1.mlp.down_proj"] == pytest.approx(0, abs=1e-9)
