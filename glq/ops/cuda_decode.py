@@ -98,17 +98,16 @@ def make_plan(
     multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
     """
     few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
-    shapes: tuple[tuple[int, int], ...]
     width = block if tokens == 1 and by_warps(block) else 0
+    copies_of_table = [min(32, 256 * size >> index_bits(codec)) for size in (128, 64, 32)]
     shapes = ((2, 8), (2, 4)) if tokens <= 16 else ((2, 4), (4, 2))
+    candidates = [(*shape, copies) for copies in copies_of_table for shape in shapes]
     if few:
-        shapes = ((1, 16), *shapes) if tokens <= 16 else ((1, 8), *shapes)
-    for table in (128, 64, 32):
-        copies = min(32, 256 * table >> index_bits(codec))
-        for wr, wk in shapes:
-            plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, 1)
-            if plan.fits(64 * tiles[1], gpu):
-                return plan
+        candidates = [(1, 16 if tokens <= 8 else 8, copies) for copies in copies_of_table] + candidates
+    for wr, wk, copies in candidates:
+        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, 1)
+        if plan.fits(64 * tiles[1], gpu):
+            return plan
     if width == 0:
         raise GlqError(f"the kernel for {tokens} tokens needs more shared memory than this GPU has")
     return make_plan(codec, dtype, scale, tokens, tiles, 1, gpu)  # rotated in a launch of its own

@@ -6,22 +6,33 @@ from torch import Tensor
 from glq import nvrtc
 from glq.rotation import hartley, odd_part
 
+_TILES, _WGMMA, _ROWS = range(3)  # macro LAYOUT
+
 
 def rotate_tiles(x: Tensor, signs: Tensor, block: int, held: int, for_wgmma: bool, gpu: nvrtc.Launcher) -> Tensor:
     """x [tokens, in] fp16 or bf16 → [column tiles, held ≥ tokens, 72 or 64]; rows beyond the tokens are not written."""
+    tiles = x.new_empty(-(-x.shape[1] // 64), held, 64 if for_wgmma else 72)
+    return _rotate(x, signs, block, tiles, held, _WGMMA if for_wgmma else _TILES, gpu)
+
+
+def rotate_rows(x: Tensor, signs: Tensor, block: int, gpu: nvrtc.Launcher) -> Tensor:
+    """x [tokens, in] fp16 or bf16 → [tokens, 64 · column tiles], filled up with zeros."""
+    out = x.new_empty(len(x), -(-x.shape[1] // 64) * 64)
+    return _rotate(x, signs, block, out, len(x), _ROWS, gpu)
+
+
+def _rotate(x: Tensor, signs: Tensor, block: int, out: Tensor, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
     tokens, in_features = x.shape
-    col_tiles = -(-in_features // 64)
-    tiles = torch.empty(col_tiles, held, 64 if for_wgmma else 72, dtype=x.dtype, device=x.device)
     chunks = block // 256 if by_warps(block) else 1
-    macros = {"BF16": int(x.dtype == torch.bfloat16), "CHUNKS": chunks, "FOR_WGMMA": int(for_wgmma)}
+    macros = {"BF16": int(x.dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout}
     source = nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/rotate.cu"), tuple(macros.items()))
     grid, x, odd = (tokens, in_features // block), x.contiguous(), odd_part(block)
     if by_warps(block):
-        gpu.launch(source, "rotate_chunks", grid, 32 * chunks, 0, x, signs, tiles, held, in_features)
+        gpu.launch(source, "rotate_chunks", grid, 32 * chunks, 0, x, signs, out, held, in_features)
     else:
-        tensors = (x, signs, hartley(odd, torch.float32, x.device), tiles)
+        tensors = (x, signs, hartley(odd, torch.float32, x.device), out)
         gpu.launch(source, "rotate_tiles", grid, 256, 8 * block, *tensors, held, in_features, block, odd)
-    return tiles
+    return out
 
 
 def by_warps(block: int) -> bool:

@@ -1,99 +1,58 @@
-// W = scale · V · R in 16 bits, V in trellis codes: the matrix in the model's own basis, for a product with very many tokens.
+// W = scale · V in 16 bits, V in trellis codes: for a product with very many tokens, whose x is rotated before.
 //
-// A block takes 16 rows of as many columns as the rotation's blocks have. Of each tile of 64 columns a warp decodes its
-// rows into fragments and transforms them with tensor cores (16 columns) and sums (64); the rest of the transform, across
-// tiles, and the scales and signs come after a trip through shared memory, in fp16.
-// Macros, besides those of tiles.cuh: TILES of 64 columns in a block of the rotation: 4, 8, 16 or 32.
+// A warp decodes a tile of 64 × 64 after the other. Of each row a lane gets 32 bytes; lanes change halves of them by pairs, to
+// write whole sectors at once.
+// Macros: those of tiles.cuh.
 
-static constexpr int WARPS = 8, THREADS = 32 * WARPS;
-static constexpr int ROW_WORDS = 32 * TILES + 4;  // of 32 bits that a row takes in shared memory; 4 keep banks apart
+static constexpr int THREADS = 384;
 
-// Hadamard transforms across v[…][e], not normalized.
-template <int COUNT, int EACH> __device__ __forceinline__ void butterflies(float (*v)[EACH]) {
-  #pragma unroll
-  for (int h = 1; h < COUNT; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      #pragma unroll
-      for (int e = 0; e < EACH; ++e) if (!(i & h)) {
-        const float a = v[i][e], b = v[i | h][e];
-        v[i][e] = a + b;
-        v[i | h][e] = a - b;
-      }
+__device__ __forceinline__ u32 scaled(u32 pair, float scale) {
+  return to16(from16((u16)pair) * scale) | (u32)to16(from16((u16)(pair >> 16)) * scale) << 16;
 }
-// Rows 16 slice … of a tile, times the Hadamard matrix of 64, to `out`: the first row's words of the tile.
-__device__ __forceinline__ void transform_tile(u32* out, const u8* tile, int slice, u32 copy) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const u32 one = BF16 ? 0x3F803F80u : 0x3C003C00u;
-  // The matrix of 16 as an operand: rows 2t and 2t + 1 of column g; rows and columns from 8 on are the same up to signs.
-  // Fragments have the bits of a column's number in another order, which is the same to the transform.
-  const u32 b = one ^ (u32)(__popc(2 * t & g) & 1) << 15 ^ (u32)(__popc((2 * t + 1) & g) & 1) << 31;
-  u32 a[4][4];
-  decode_slice(a, tile, slice, copy);
-  float c[4][8];
+// v: 32 bytes at `to`, of which the other lane of the pair writes the second half, or, if this is the odd one, the first.
+__device__ __forceinline__ void write_row(u16* to, const u32* v, bool odd) {
+  u32 got[4];
   #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) c[s][i] = 0;
-    mma(c[s], a[s], b, b);
-    mma(c[s] + 4, a[s], b, b ^ 0x80008000u);
-  }
-  butterflies<4>(c);
-  #pragma unroll
-  for (int i = 0; i < 4; ++i) {  // a lane has 16 columns of two rows
-    const int e = i / 2 * 2, s = i % 2 * 2;  // of the fragments
-    uint4* const to = (uint4*)(out + (g + e / 2 * 8) * ROW_WORDS + 8 * t + 2 * s);
-    *to = make_uint4(halves(c[s][e] / 8, c[s][e + 1] / 8), halves(c[s][e + 4] / 8, c[s][e + 5] / 8),
-                     halves(c[s + 1][e] / 8, c[s + 1][e + 1] / 8), halves(c[s + 1][e + 4] / 8, c[s + 1][e + 5] / 8));
-  }
+  for (int i = 0; i < 4; ++i) got[i] = __shfl_sync(~0u, odd ? v[i] : v[i + 4], (threadIdx.x ^ 1) & 31);
+  uint4* const of_even = (uint4*)(odd ? to - 16 : to);
+  of_even[odd] = odd ? make_uint4(got[0], got[1], got[2], got[3]) : make_uint4(v[0], v[1], v[2], v[3]);
+  of_even[2 + odd] = odd ? make_uint4(v[4], v[5], v[6], v[7]) : make_uint4(got[0], got[1], got[2], got[3]);
 }
-// The transform across the tiles of a row, of which a lane has two columns each; minus: their signs, a bit a tile.
-__device__ __forceinline__ void finish_row(u32* to, const u32* row, float scale, const u32* minus) {
-  const int lane = threadIdx.x % 32;
-  float v[TILES][2];
-  #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
-    const u32 pair = row[32 * j + lane];
-    v[j][0] = from_half((u16)pair);
-    v[j][1] = from_half((u16)(pair >> 16));
-  }
-  butterflies<TILES>(v);
-  const float factor = scale * rsqrtf((float)TILES);
-  #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
-    const u32 pair = (u32)to16(v[j][0] * factor) | (u32)to16(v[j][1] * factor) << 16;
-    to[32 * j + lane] = pair ^ (minus[0] >> j & 1) << 15 ^ (minus[1] >> j & 1) << 31;
-  }
-}
-
-// codes [row tiles, column tiles, tile bytes]; out [rows, 64 · col_tiles]; rows of scale and out from the first tile's on.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-dequantize(const u8* codes, const u8* signs, const u32* table, const void* scale, u16* out, int rows, int col_tiles) {
+// codes [row tiles, column tiles, tile bytes]; out [64 · row tiles, 64 · col_tiles]; scale of the first `rows` rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+dequantize(const u8* codes, const u32* table, const void* scale, u16* out, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(128) u8 memory[];
-  u32* const values = (u32*)(memory + TABLE_BYTES);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = col_tiles / TILES;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, warps = gridDim.x * (THREADS / 32);
   let_next_start();
-  if (refuses(memory, out, (size_t)rows * col_tiles * 64)) return;
+  if (refuses(memory, out, (size_t)row_tiles * col_tiles * 4096)) return;
   fill_table(memory, table, THREADS);
   wait_for_previous();
   __syncthreads();
   const u32 copy = own_copy();
-  for (int job = blockIdx.x; job < (rows + 15) / 16 * across; job += gridDim.x) {
-    const int slices = min(4, (rows + 15) / 16 - job / (4 * across) * 4);  // of this row tile
-    const int row_tile = job / (4 * across), left = job - row_tile * 4 * across;
-    const int slice = left % slices, first = left / slices * TILES, row = row_tile * 64 + 16 * slice;
-    for (int j = warp; j < TILES; j += WARPS)
-      transform_tile(values + 32 * j, codes + ((size_t)row_tile * col_tiles + first + j) * TILE_BYTES, slice, copy);
-    u32 minus[2] = {0, 0};
+  u32 r[REGS];
+  int tile = blockIdx.x * (THREADS / 32) + warp;
+  if (tile < row_tiles * col_tiles) load_codes(r, codes + (size_t)tile * TILE_BYTES, lane);
+  #pragma unroll 1
+  for (; tile < row_tiles * col_tiles; tile += warps) {
+    const int row = tile / col_tiles * 64 + g, col = tile % col_tiles * 64 + 16 * t;
+    float scales[8];
     #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      const u32 bits = signs[(first + j) * 8 + lane / 4] >> lane % 4 * 2;
-      minus[0] |= (bits & 1) << j;
-      minus[1] |= (bits >> 1 & 1) << j;
+    for (int i = 0; i < 8; ++i) scales[i] = row + 8 * i < rows ? load_scale(scale, row + 8 * i) : 0;
+    u16* const to = out + (size_t)row * col_tiles * 64 + col;
+    const bool more = tile + warps < row_tiles * col_tiles;
+    const u8* const next = codes + (size_t)(tile + warps) * TILE_BYTES;
+    u32 v[8][8];  // of eight rows of this lane
+    #pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      u32 ends[2];
+      ends_of(ends, r, s);
+      #pragma unroll
+      for (int i = 0; i < 8; ++i)
+        #pragma unroll
+        for (int e = 0; e < 2; ++e) v[i][2 * s + e] = scaled(value(state_of(r, ends, s, i / 2, i % 2 + 2 * e), copy), scales[i]);
+      if (more) load_used(r, next, lane, s);
     }
-    __syncthreads();
-    for (int r = warp; r < min(16, rows - row); r += WARPS)
-      finish_row((u32*)out + ((size_t)(row + r) * col_tiles + first) * 32, values + r * ROW_WORDS, load_scale(scale, row + r), minus);
-    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) write_row(to + (size_t)i * 8 * col_tiles * 64, v[i], t % 2);
   }
 }

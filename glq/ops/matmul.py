@@ -14,7 +14,10 @@ from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
 from glq.packed import PackedLinear, decode_matrix, unpack_signs
 from glq.rotation import rotate
 
-_FEW = 64  # tokens up to which Hopper's mma.sync is at least as fast as its wgmma (docs/benchmarks.md)
+# Measured on an H100: docs/benchmarks.md
+_FEW, _SEVERAL = 16, 32  # tokens up to which mma.sync is faster than Hopper's wgmma: of every matrix, of small ones
+_SMALL = 4096 * 5120  # weights
+_MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
 @torch.library.custom_op("glq::matmul", mutates_args=())
@@ -24,9 +27,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     if _has_cuda_kernel(x, codec):
         weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
-        y = _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device))
-        if y is not None:
-            return y.view(*x.shape[:-1], out_features)
+        return _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device)).view(*x.shape[:-1], out_features)
     if find_spec("triton") is None:
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     from glq.ops import triton_matmul
@@ -70,11 +71,13 @@ def _nvrtc_works(device: torch.device) -> bool:
     return True
 
 
-def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor | None:
-    """By the kernel that is fastest for so many tokens x [tokens, in]; None where Triton's is."""
-    if cuda_dequantize.applies(len(x), weight.block):
-        return cuda_dequantize.matmul(x, weight, gpu)
-    if len(x) > _FEW:
-        return cuda_prefill.matmul(x, weight, gpu) if gpu.arch == cuda_prefill.ARCH else None
-    done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
-    return done[0] if len(done) == 1 else torch.cat(done)
+def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor:
+    """By the kernel that is fastest for so many tokens x [tokens, in]."""
+    tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
+    few = _SEVERAL if weight.out_features * weight.in_features <= _SMALL else _FEW
+    if tokens <= (few if hopper else 64):
+        done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
+        return done[0] if len(done) == 1 else torch.cat(done)
+    if hopper and tokens < _MANY:
+        return cuda_prefill.matmul(x, weight, gpu)
+    return cuda_dequantize.matmul(x, weight, gpu)

@@ -1,15 +1,16 @@
-// y = x Vᵀ · scale for many tokens on Hopper: x comes rotated, V in trellis codes, which go straight into the operands of wgmma.
+// y = x Vᵀ · scale for many tokens on Hopper: some warps decode V into shared memory, warpgroups multiply what is there.
 //
 // A tile of y is 64 rows a warpgroup × TOKENS tokens; a unit is one step of it, 64 columns. Units, tile after tile, are cut
-// into as many equal runs as there are blocks. While a warpgroup's products of one unit run, its warps decode the next one,
-// 16 rows each. Codes and x come through a ring of STAGES in shared memory; who reads a stage last, requests it anew.
+// into as many equal runs as there are blocks. A ring of STAGES holds units: a job of a decoding warp is 16 columns of 64
+// rows; x, which comes rotated, is copied by the one that has a unit's first job.
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// Macros, besides those of tiles.cuh: TOKENS (64, 96, 128, 192 or 256), WARPGROUPS, STAGES.
+// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128, 192 or 256), WARPGROUPS, DECODERS (warps, by fours),
+// STAGES.
 
-static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
-static constexpr int X_STAGE = TOKENS * 128, CODE_STAGE = WARPGROUPS * TILE_BYTES;  // bytes
+static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
+static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
 static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
 
 // ---- which units a run has ----
@@ -22,98 +23,145 @@ struct Work {
   }
   __device__ int begin(int run) const { return (int)((long long)units * run / (int)gridDim.x); }
   __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * (int)gridDim.x - 1) / units); }
+  __device__ int row_tile(int tile) const { return tile / token_blocks * WARPGROUPS; }  // the first one
 };
+__device__ __forceinline__ int own_run() { return gridDim.x - 1 - blockIdx.x; }
 
-// ---- what they read ----
+// ---- the ring ----
 
-// The unit to be requested next, and where it goes.
-struct Cursor {
-  int left, col, token_block, row_block, stage;
-
-  __device__ __forceinline__ void advance(const Work& work) {
-    --left;
-    if (++stage == STAGES) stage = 0;
-    if (++col < work.col_tiles) return;
-    col = 0;
-    if (++token_block < work.token_blocks) return;
-    token_block = 0;
-    ++row_block;
-  }
-};
-struct Meeting {  // in shared memory: of the threads
-  u64 full[STAGES];
-  u32 readers[STAGES];
-  Cursor next;
+struct Barriers {
+  u64 full[STAGES], empty[STAGES];
 };
 struct Ring {
-  const Work& work;
-  const u8* codes;
-  const u16* x;
-  u8 *x_stages, *code_stages;
-  u64* full;
-  u32* readers;  // warps that are done with a stage
-  Cursor* next;
+  u8* memory;
+  Barriers* barriers;
 
-  // By one thread.
-  __device__ __forceinline__ void request_codes(const Cursor& c) const {
-    if (c.left <= 0) return;
-    #pragma unroll
-    for (int i = 0; i < WARPGROUPS; ++i) {
-      const int row = min(c.row_block * WARPGROUPS + i, work.row_tiles - 1);
-      copy_bulk(stage_codes(c.stage) + i * TILE_BYTES, codes + ((size_t)row * work.col_tiles + c.col) * TILE_BYTES, TILE_BYTES, full + c.stage);
-    }
+  __device__ __forceinline__ u8* at(int stage) const {
+    if (!SPREAD) return memory + TABLE_BYTES + stage * STAGE_BYTES;
+    constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : 1;  // they lie where the table has none of its entries
+    static_assert(!SPREAD || STAGES <= 3 * IN_HOLE, "the holes have room");
+    return memory + (2 * (stage / IN_HOLE) + 1) * HOLE + stage % IN_HOLE * STAGE_BYTES;
   }
-  __device__ __forceinline__ void request_x(const Cursor& c) const {
-    const size_t block = (size_t)c.col * work.token_blocks + c.token_block;
-    if (c.left > 0) copy_bulk(x_stages + c.stage * X_STAGE, x + block * TOKENS * 64, X_STAGE, full + c.stage);
-  }
-  __device__ __forceinline__ u8* stage_codes(int stage) const { return code_stages + stage * CODE_STAGE; }
-  __device__ __forceinline__ u32 stage_x(int stage) const { return shared_address(x_stages + stage * X_STAGE); }
-  __device__ __forceinline__ void await_unit(int n) const { await(full + n % STAGES, n / STAGES & 1); }
-  // By every warp that has read the run's n-th unit.
-  __device__ __forceinline__ void release(int n) const {
-    if (threadIdx.x % 32 || !count_to(readers + n % STAGES, THREADS / 32 - 1)) return;
-    Cursor c = *next;
-    request_codes(c);
-    request_x(c);
-    c.advance(work);
-    *next = c;
+  __device__ __forceinline__ u8* x_at(int stage) const { return at(stage) + WARPGROUPS * ROW_TILE; }
+};
+// A stage, and how often the ring went round.
+struct Place {
+  int stage, parity;
+
+  __device__ __forceinline__ void advance(int by) {
+    stage += by;
+    #pragma unroll 1
+    for (; stage >= STAGES; stage -= STAGES) parity ^= 1;
   }
 };
+
+// ---- decoding ----
+
+// The tiles of which a warp decodes a step: every GROUPS-th of a run's, WARPGROUPS a unit.
+struct Cursor {
+  static constexpr int GROUPS = DECODERS / 4;
+  int left, row, col, token_block, row_tile;  // units until the end of the run; row: of WARPGROUPS; row_tile: where they begin
+
+  __device__ Cursor(const Work& work, int group) : row(group) {
+    const int begin = work.begin(own_run()), tile = begin / work.col_tiles;
+    left = work.begin(own_run() + 1) - begin;
+    col = begin % work.col_tiles;
+    token_block = tile % work.token_blocks;
+    row_tile = work.row_tile(tile);
+    skip(work);
+  }
+  __device__ __forceinline__ void advance(const Work& work) {
+    row += GROUPS;
+    skip(work);
+  }
+  __device__ __forceinline__ void skip(const Work& work) {
+    #pragma unroll 1
+    for (; row >= WARPGROUPS; row -= WARPGROUPS) {
+      --left;
+      if (++col < work.col_tiles) continue;
+      col = 0;
+      if (++token_block < work.token_blocks) continue;
+      token_block = 0;
+      row_tile += WARPGROUPS;
+    }
+  }
+  __device__ __forceinline__ const u8* tile(const Work& work, const u8* codes) const {
+    return codes + (size_t)(min(row_tile + row, work.row_tiles - 1) * work.col_tiles + col) * TILE_BYTES;
+  }
+};
+// What the n-th of the decoding warps does.
+__device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, const u8* codes, const u16* x, int n) {
+  constexpr int AHEAD = 3;  // jobs whose codes are requested ahead
+  const int lane = threadIdx.x % 32;
+  const bool brings_x = n % 4 == 0 && lane == 0;
+  const u32 copy = own_copy(), to = place_of_step(n % 4, lane);
+  const Step step(n % 4, lane);
+  Cursor now(work, n / 4), next = now;
+  u32 r[AHEAD][Step::LOADED];
+  #pragma unroll
+  for (int i = 0; i < AHEAD; ++i) {
+    if (next.left > 0) step.load(r[i], next.tile(work, codes));
+    next.advance(work);
+  }
+  if (brings_x) wait_for_previous();
+  Place place{0, 0};
+  place.advance(n / 4 / WARPGROUPS);
+  auto job = [&](u32* r) {  // whether there was one
+    if (now.left <= 0) return false;
+    await(ring.barriers->empty + place.stage, place.parity ^ 1);
+    if (brings_x && now.row == 0)
+      copy_bulk(ring.x_at(place.stage), x + ((size_t)now.col * work.token_blocks + now.token_block) * (X_BYTES / 2), X_BYTES, ring.barriers->full + place.stage);
+    step.decode(ring.at(place.stage) + now.row * ROW_TILE + to, r, copy);
+    if (next.left > 0) step.load(r, next.tile(work, codes));
+    __syncwarp();
+    if (lane == 0) arrive(ring.barriers->full + place.stage);
+    place.advance((now.row + Cursor::GROUPS) / WARPGROUPS);
+    now.advance(work);
+    next.advance(work);
+    return true;
+  };
+  while (job(r[0]) && job(r[1]) && job(r[2]));
+}
 
 // ---- the product ----
 
-// acc += the warpgroup's rows · x, units n … end - 1 of the run. Registers of products that run are left alone, so that
-// decoding takes turns between two sets.
-__device__ __forceinline__ void multiply_units(float* acc, int n, int end, const Ring& ring, u32 copy) {
-  const int warp = threadIdx.x / 32;
-  u32 even[4][4], odd[4][4];
-  auto decode = [&](u32 (*a)[4], int n) {
-    ring.await_unit(n);
-    decode_slice(a, ring.stage_codes(n % STAGES) + warp / 4 * TILE_BYTES, warp % 4, copy);
-  };
-  auto multiply_by = [&](const u32 (*a)[4], int n) {
-    const u32 at = ring.stage_x(n % STAGES);
+// By every warp that has read a stage.
+__device__ __forceinline__ void release(const Ring& ring, int stage) {
+  if (threadIdx.x % 32 == 0) arrive(ring.barriers->empty + stage);
+}
+// acc = the warpgroup's rows · x, `count` units.
+__device__ __forceinline__ void multiply_units(float* acc, int count, const Ring& ring, Place& place) {
+  auto multiply_next = [&] {
+    await(ring.barriers->full + place.stage, place.parity);
+    const u32 a = shared_address(ring.at(place.stage)) + threadIdx.x / 128 * ROW_TILE, b = shared_address(ring.x_at(place.stage));
+    show_to_products();
     begin_products();
     #pragma unroll
-    for (int s = 0; s < 4; ++s) multiply(acc, a[s], describe(at, 16 * s));
+    for (int s = 0; s < 4; ++s) multiply(acc, describe(a, 16 * s), describe(b, 16 * s));
     commit_products();
   };
-  decode(even, n);
-  multiply_by(even, n);
-  while (++n < end) {
-    decode(odd, n);
-    multiply_by(odd, n);
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+  if (TOKENS <= 64) {  // decoding is what takes time: it gets a stage back as soon as may be
+    for (; count; --count) {
+      multiply_next();
+      await_products<0>();
+      release(ring, place.stage);
+      place.advance(1);
+    }
+    return;
+  }
+  multiply_next();
+  while (--count) {
+    const int before = place.stage;
+    place.advance(1);
+    multiply_next();
     await_products<1>();
-    ring.release(n - 1);
-    if (++n == end) break;
-    decode(even, n);
-    multiply_by(even, n);
-    await_products<1>();
-    ring.release(n - 1);
+    release(ring, before);
   }
   await_products<0>();
-  ring.release(end - 1);
+  release(ring, place.stage);
+  place.advance(1);
 }
 
 // ---- sums ----
@@ -153,13 +201,13 @@ __device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
   #pragma unroll
   for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
 }
-// acc += what other blocks hand over, in the slots from `first` to `last`.
+// acc += what other blocks hand over, of the runs from `first` to `last`.
 __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
-  constexpr int AT_ONCE = TOKENS % 64 ? 6 : 8;
+  constexpr int AT_ONCE = TOKENS < 32 || TOKENS == 128 ? 2 : 4;
   static_assert(TOKENS / 8 % AT_ONCE == 0, "all of a thread's sums");
   #pragma unroll 1
-  for (int slot = first; slot <= last; ++slot) {
-    float* const from = handed + (size_t)slot * SLOT + place_in_slot();
+  for (int run = first; run <= last; ++run) {
+    float* const from = handed + (size_t)run * SLOT + place_in_slot();
     #pragma unroll
     for (int i = 0; i < TOKENS / 8; i += AT_ONCE) {
       float4 v[AT_ONCE];
@@ -173,8 +221,23 @@ __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int
   }
   __syncwarp();
 }
+__device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring, const Output& out, float* handed) {
+  const int run = own_run(), begin = work.begin(run), end = work.begin(run + 1), col_tiles = work.col_tiles;
+  Place place{0, 0};
+  float acc[TOKENS / 2];
+  for (int unit = begin; unit < end;) {
+    const int tile = unit / col_tiles, tile_begin = tile * col_tiles, tile_end = tile_begin + col_tiles, stop = min(end, tile_end);
+    multiply_units(acc, stop - unit, ring, place);
+    if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
+    else {
+      if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
+      out.put(acc, work.row_tile(tile) * 64 + threadIdx.x / 32 * 16, tile % work.token_blocks * TOKENS);
+    }
+    unit = stop;
+  }
+}
 
-// x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of the fragments; codes, scale and y
+// x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of place_of_step; codes, scale and y
 // as in decode.cu. handed: [grid][SLOT] EMPTY, which it is again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
@@ -183,41 +246,20 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const Work work(row_tiles, col_tiles, padded / TOKENS);
-  const Output out{y, scale, tokens, rows};
-  const int run = gridDim.x - 1 - blockIdx.x, begin = work.begin(run), end = work.begin(run + 1), warp = threadIdx.x / 32;
-  u8 *const x_stages = memory + TABLE_BYTES, *const code_stages = x_stages + STAGES * X_STAGE;
-  Meeting& meeting = *(Meeting*)(code_stages + STAGES * CODE_STAGE);
-  const Ring ring{work, codes, x, x_stages, code_stages, meeting.full, meeting.readers, &meeting.next};
-  const Cursor first{end - begin, begin % col_tiles, begin / col_tiles % work.token_blocks, begin / col_tiles / work.token_blocks, 0};
+  const Ring ring{memory, (Barriers*)(memory + TABLE_BYTES + (SPREAD ? 0 : STAGES * STAGE_BYTES))};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      init_barrier(meeting.full + i, 1 + WARPGROUPS);
-      meeting.readers[i] = 0;
+      init_barrier(ring.barriers->full + i, MULTIPLIERS + 1);  // a job each, and x
+      init_barrier(ring.barriers->empty + i, MULTIPLIERS);
     }
     publish_barriers();
-    Cursor c = first;  // the codes do not wait for the kernel ahead
-    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_codes(c);
   }
   fill_table(memory, table, THREADS);
-  wait_for_previous();
-  if (threadIdx.x == 0) {
-    Cursor c = first;
-    for (int i = 0; i < STAGES; ++i, c.advance(work)) ring.request_x(c);
-    meeting.next = c;
-  }
   __syncthreads();
-  const u32 copy = own_copy();
-  float acc[TOKENS / 2];
-  for (int unit = begin; unit < end;) {
-    const int tile = unit / col_tiles, tile_begin = tile * col_tiles, tile_end = tile_begin + col_tiles, stop = min(end, tile_end);
-    #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
-    multiply_units(acc, unit - begin, stop - begin, ring, copy);
-    if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
-    else {
-      if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
-      out.put(acc, tile / work.token_blocks * ROWS + 16 * warp, tile % work.token_blocks * TOKENS);
-    }
-    unit = stop;
+  const int decoder = uniform(threadIdx.x / 32) - MULTIPLIERS;
+  if (decoder >= 0) decode_run(work, ring, codes, x, decoder);
+  else {
+    wait_for_previous();
+    multiply_run(work, ring, Output{y, scale, tokens, rows}, handed);
   }
 }

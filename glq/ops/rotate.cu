@@ -1,21 +1,19 @@
 // The rotation of x, in a launch of its own, and the order in which the kernels want it.
-// Macros, besides those of ptx.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks);
-// FOR_WGMMA: rows of 64 columns, ordered as the fragments and swizzled, for prefill.cu; else rows of 72, for decode.cu, of
-// which the last 8 keep banks apart.
+// Macros, besides those of ptx.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks); LAYOUT: TILES of
+// 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart; WGMMA, in rows of 64, ordered and swizzled
+// for prefill.cu; ROWS, x as it was.
 
-static constexpr int X_STRIDE = FOR_WGMMA ? 64 : 72;
+static constexpr int TILES = 0, WGMMA = 1;
 
-// Where a column of a tile lies in the row of a token.
-__device__ __forceinline__ int place(int col, int token) {
-#if FOR_WGMMA
-  const int at = col / 4 % 4 * 16 + col / 2 % 2 * 8 + col / 16 * 2 + col % 2;
-  return at ^ token % 8 * 8;
-#else
-  return col;
-#endif
+// Where a column of a token lies.
+__device__ __forceinline__ size_t place(int col, int token, int held, int tiles) {
+  if (LAYOUT == TILES) return ((size_t)(col / 64) * held + token) * 72 + col % 64;
+  if (LAYOUT != WGMMA) return (size_t)token * tiles * 64 + col;
+  const int c = col % 64, at = c / 32 * 32 + c / 4 % 4 * 8 + c / 16 % 2 * 4 + c % 4;  // as place_of_step has them
+  return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
-// x [tokens, cols] → rotated, in tiles of 64 columns [column tiles][held][X_STRIDE]; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
+// x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
 // One block of threads a token and block of columns; 2 · width floats of shared memory.
 extern "C" __global__ void __launch_bounds__(256)
 rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int held, int cols, int width, int odd) {
@@ -51,10 +49,10 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
   const float norm = rsqrtf((float)pow);
   for (int i = threadIdx.x; i < width; i += blockDim.x) {
     const int col = start + i;
-    out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = to16(from[i] * norm);
+    out[place(col, token, held, tiles)] = to16(from[i] * norm);
   }
   if (start + width == cols)  // columns that fill up the last tile
-    for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[((size_t)(col / 64) * held + token) * X_STRIDE + place(col % 64, token)] = 0;
+    for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[place(col, token, held, tiles)] = 0;
 }
 
 // The same where width is 256 · CHUNKS, a power of two: one warp for 256 columns.
@@ -84,19 +82,13 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
   u32 pairs[4];
   #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = (u32)to16(v[2 * i] * rsqrtf(256.0f * CHUNKS)) | (u32)to16(v[2 * i + 1] * rsqrtf(256.0f * CHUNKS)) << 16;
-  u16* const row = out + ((size_t)(col / 64) * held + token) * X_STRIDE;
-#if FOR_WGMMA
-  const int mine = lane / 2 % 4;  // of the chunks to which four lanes have a pair each: so they change pairs, and write 16 bytes
-  #pragma unroll
-  for (int h = 1; h < 4; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) if (!(i & h)) {
-      const u32 got = __shfl_sync(~0u, mine & h ? pairs[i] : pairs[i | h], lane ^ 2 * h);
-      if (mine & h) pairs[i] = got;
-      else pairs[i | h] = got;
-    }
-  *(uint4*)(row + ((lane % 2 * 4 + mine) ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+#if LAYOUT == 1
+  const bool late = lane / 2 % 2;  // lanes with the first and the second half of chunks change pairs, and write 16 bytes
+  const u32 first = __shfl_sync(~0u, late ? pairs[0] : pairs[2], lane ^ 2), second = __shfl_sync(~0u, late ? pairs[1] : pairs[3], lane ^ 2);
+  const int chunk = lane % 8 / 4 * 4 + lane % 2 * 2 + late;
+  u16* const to = out + ((size_t)(col / 64) * held + token) * 64 + (chunk ^ token % 8) * 8;
+  *(uint4*)to = late ? make_uint4(first, second, pairs[2], pairs[3]) : make_uint4(pairs[0], pairs[1], first, second);
 #else
-  *(uint4*)(row + col % 64) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  *(uint4*)(out + place(col, token, held, cols / 64)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #endif
 }

@@ -30,6 +30,9 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes,
 __device__ __forceinline__ u64 describe(u32 at, int k) {
   return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (at + 2 * k) >> 4;
 }
+// What threads wrote into shared memory before a barrier that this thread waited for, is there for its products. (Those who
+// wrote could do so, too, but would wait for whatever else they have requested from memory.)
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void await_products() {
@@ -40,8 +43,9 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #else
 #define GLQ_TYPES "f32.f16.f16"
 #endif
-// The operands of `multiply`: TOKENS / 2 sums, then 4 registers of a and what describes b.
-#define GLQ_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+// The operands of `multiply`: TOKENS / 2 sums, then what describes a and b.
+#define GLQ_HALF "%0,%1,%2,%3,%4,%5,%6,%7"
+#define GLQ_R0 GLQ_HALF ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define GLQ_R1 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define GLQ_R2 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define GLQ_R3 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -51,44 +55,44 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #define GLQ_R7 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define GLQ_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define GLQ_D32(d, i) GLQ_D8(d, i), GLQ_D8(d, i + 8), GLQ_D8(d, i + 16), GLQ_D8(d, i + 24)
-#if TOKENS == 64
+#if TOKENS == 16
+#define GLQ_SUMS GLQ_HALF
+#define GLQ_INPUTS "%8, %9"
+#define GLQ_D(d) GLQ_D8(d, 0)
+#elif TOKENS == 32
+#define GLQ_SUMS GLQ_R0
+#define GLQ_INPUTS "%16, %17"
+#define GLQ_D(d) GLQ_D8(d, 0), GLQ_D8(d, 8)
+#elif TOKENS == 64
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1
-#define GLQ_INPUTS "{%32,%33,%34,%35}, %36"
+#define GLQ_INPUTS "%32, %33"
 #define GLQ_D(d) GLQ_D32(d, 0)
 #elif TOKENS == 96
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2
-#define GLQ_INPUTS "{%48,%49,%50,%51}, %52"
+#define GLQ_INPUTS "%48, %49"
 #define GLQ_D(d) GLQ_D32(d, 0), GLQ_D8(d, 32), GLQ_D8(d, 40)
 #elif TOKENS == 128
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3
-#define GLQ_INPUTS "{%64,%65,%66,%67}, %68"
+#define GLQ_INPUTS "%64, %65"
 #define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32)
 #elif TOKENS == 192
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5
-#define GLQ_INPUTS "{%96,%97,%98,%99}, %100"
+#define GLQ_INPUTS "%96, %97"
 #define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32), GLQ_D32(d, 64)
 #else
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5 "," GLQ_R6 "," GLQ_R7
-#define GLQ_INPUTS "{%128,%129,%130,%131}, %132"
+#define GLQ_INPUTS "%128, %129"
 #define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32), GLQ_D32(d, 64), GLQ_D32(d, 96)
 #endif
 #define GLQ_TEXT(n) #n
 #define GLQ_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" GLQ_TEXT(n) "k16." GLQ_TYPES
-// d [64, TOKENS] += a [64, 16] · b [16, TOKENS]; a in registers, 16 rows a warp, b described. d and a are not to be touched
-// until the product is done.
-__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b) {
-  asm volatile(GLQ_WGMMA(TOKENS) " {" GLQ_SUMS "}, " GLQ_INPUTS ", 1, 1, 1, 0;"
-               : GLQ_D(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+// d [64, TOKENS] += a [64, 16] · b [16, TOKENS], both described. d is not to be touched until the product is done.
+__device__ __forceinline__ void multiply(float* d, u64 a, u64 b) {
+  asm volatile(GLQ_WGMMA(TOKENS) " {" GLQ_SUMS "}, " GLQ_INPUTS ", 1, 1, 1, 0, 0;" : GLQ_D(d) : "l"(a), "l"(b));
 }
 
 // ---- threads ----
 
-// One more in `counter`, which counts to `last` and begins again; whether it was the last. What the others did before is seen.
-__device__ __forceinline__ bool count_to(u32* counter, u32 last) {
-  u32 before;
-  asm volatile("atom.acq_rel.cta.shared.inc.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(counter)), "r"(last) : "memory");
-  return before == last;
-}
 // An 8 × 8 matrix of 16-bit values, of which a lane has two of row lane / 4, transposed.
 __device__ __forceinline__ u32 transpose(u32 v) {
   u32 r;

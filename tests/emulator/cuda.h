@@ -53,6 +53,7 @@ static void sync_warp() { pause_as(IN_WARP); }
 static void __syncwarp() { sync_warp(); }
 
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
@@ -156,11 +157,6 @@ static u64 describe(u32 at, int k) {
   if (at % 1024) fail("operand that is not aligned to 1,024 bytes");
   return (u64)at << 32 | (u32)k;
 }
-static bool count_to(u32* counter, u32 last) {
-  const u32 before = *counter;
-  *counter = before == last ? 0 : before + 1;
-  return before == last;
-}
 static u32 transpose(u32 v) {
   auto& shown = exchange[current / 32];
   const int lane = current % 32, row = lane / 4, col = lane % 4 * 2;
@@ -172,27 +168,23 @@ static u32 transpose(u32 v) {
   return r;
 }
 // Products run as late as they may: what they read and write too early or too late shows.
-struct Product { float* d; const u32* a; u64 b; };
+struct Product { float* d; u64 a, b; };
 static std::vector<std::vector<Product>> products[1024];  // of each thread: groups, of which the last one is open
+static void show_to_products() {}
 static void begin_products() { products[current].emplace_back(); }
 static void commit_products() {}
 #ifdef TOKENS
-static void multiply(float* d, const u32* a, u64 b) { products[current].back().push_back({d, a, b}); }
-static void run_product(float* d, const u32* a, u64 b) {
-  const int lane = current % 32;
-  auto& shown = exchange[current / 32];
-  std::copy(a, a + 4, shown[lane]);
-  sync_warp();
+static void multiply(float* d, u64 a, u64 b) { products[current].back().push_back({d, a, b}); }
+static float operand(u64 described, int row, int k) {
+  const u32 at = row * 128 + ((u32)described + k) * 2;
+  return from16(*(u16*)(dynamic_shared + (described >> 32) + (at ^ (at >> 7 & 7) << 4)));
+}
+static void run_product(float* d, u64 a, u64 b) {
+  const int lane = current % 32, first = current % 128 / 32 * 16;
   for (int i = 0; i < TOKENS / 2; ++i) {
-    const int row = lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const u32 av = shown[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)] >> 16 * (k % 2);
-      const u32 at = col * 128 + ((u32)b + k) * 2;
-      const u16 bv = *(u16*)(dynamic_shared + (b >> 32) + (at ^ (at >> 7 & 7) << 4));
-      d[i] += from16((u16)av) * from16(bv);
-    }
+    const int row = first + lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) d[i] += operand(a, row, k) * operand(b, col, k);
   }
-  sync_warp();
 }
 template <int PENDING> static void await_products() {
   auto& groups = products[current];
