@@ -13,7 +13,7 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_experts, grouped
+from glq.ops import cuda_experts
 from glq.ops.cuda_experts import Plan, Task, make_plan, matmul
 from glq.ops.experts import experts_matmul, experts_reference
 from glq.ops.pairs import segment_limit, sort_pairs
@@ -225,21 +225,6 @@ def test_a_cuda_graph_follows_its_routing(name):
             expert_of.copy_(routed(tokens, 4, 16, "cuda"))
             graph.replay()
             assert error(y, x, w, expert_of, 4) < 2
-
-
-def test_very_many_pairs(monkeypatch):
-    pytest.importorskip("triton")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("PyTorch's product waits for the CPU here")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setattr(grouped, "_AT_ONCE", 64 * 5 * 96)
-    for name in ("trellis-2.25", "e8-2"):
-        weights = random_experts(name, 5, 136, 96, 96, device=device)
-        expert_of = torch.randint(-1, 4, (60,), device=device)
-        x = torch.randn(30, 96, device=device).bfloat16()
-        y = grouped.matmul(x, weights, expert_of, 2)
-        assert error(y, x, weights, expert_of, 2) < 2
-        assert torch.equal(y, grouped.matmul(x, weights, expert_of, 2))
 
 
 def test_more_pairs_than_a_warp_should_sort_are_sorted_by_pytorch():

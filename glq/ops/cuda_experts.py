@@ -95,12 +95,8 @@ class Plan:
 
     def _lists(self, task: Task) -> int:
         """Bytes that ops/pairs.cuh needs."""
-        segments = 16 + 8 * self.limit(task)
-        return (
-            segments
-            if self.sorted
-            else segments + 4 * task.pairs + 2 * self.limit(task) * self.at_once + 4 * task.experts
-        )
+        segments = 16 + (8 if self.sorted else 4 + 2 * self.at_once) * self.limit(task)
+        return segments if self.sorted else segments + 4 * (task.pairs + task.experts)
 
     @property
     def source(self) -> nvrtc.Source:
@@ -124,7 +120,8 @@ def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task
     pair_tiles = next((tiles for tiles, pairs in _PAIRS_AN_EXPERT.items() if average <= pairs), 8)
     pair_tiles = min(pair_tiles, max_tokens(gpu.arch) // 8)
     by_torch = task.pairs >= _SORTED_FROM or task.experts > _MOST_EXPERTS
-    shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if pair_tiles <= 2 else ((2, 4), (1, 8), (4, 2))
+    few = pair_tiles == 1 or (pair_tiles == 2 and max_tokens(gpu.arch) == 64)  # else 16 warps lack registers
+    shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if few else ((2, 4), (1, 8), (4, 2))
     for table in (128, 64, 32):
         copies = min(32, 256 * table >> index_bits(codec))
         plans = [Plan(codec, dtype, scale, pair_tiles, wr, wk, copies, task.top_k, by_torch) for wr, wk in shapes]

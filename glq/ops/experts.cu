@@ -43,7 +43,7 @@ struct Output {
 
   __device__ __forceinline__ void put4(const Pairs& pairs, const Segment& s, int slot, int row, float4 sum) const {
     const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    u16* const to = y + (size_t)pairs.at(s.first + slot) * rows + row;
+    u16* const to = y + (size_t)pairs.of(s, slot) * rows + row;
     #pragma unroll
     for (int i = 0; i < 4; ++i) if (row + i < rows) to[i] = to16(v[i] * load_scale(scale, s.expert * rows + row + i));
   }
@@ -82,13 +82,13 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
   if (is_tile) load_codes(now, ahead.tile, lane);
   ahead.advance(work, pairs.segments, codes);
   auto stage = [&](int unit, int segment, int col) {  // x of a unit on its way to shared memory
-    const Segment s = pairs.segments[segment];
+    const Segment& s = pairs.segments[segment];
     u8* const to = xs + (unit - begin) % 2 * NEXT_STAGE;
     #pragma unroll 1
     for (int i = threadIdx.x; i < WK * CAP * 8; i += THREADS) {  // of 16 bytes
       const int slot = i / 8 % CAP, tile = i / 8 / CAP;
       if (slot >= s.count || col + tile >= col_tiles) continue;
-      const size_t row = (size_t)(col + tile) * tokens + pairs.at(s.first + slot) / TOP_K;
+      const size_t row = (size_t)(col + tile) * tokens + pairs.of(s, slot) / TOP_K;
       copy16_async(to + (tile * CAP + slot) * X_STRIDE * 2 + i % 8 * 16, x + row * X_STRIDE + i % 8 * 8);
     }
     commit_async();
@@ -96,7 +96,6 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
 
   const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
   int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
-  const int head_segment = segment, head_group = group;
   stage(begin, segment, ku * WK);
   const u32 copy = own_copy();
   float acc[4][NT][4];
@@ -105,7 +104,7 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
 
   bool later = false, begins = shared_from == blockIdx.x;
   for (int unit = begin; unit < end; ku = 0, begins = true) {
-    const Segment s = pairs.segments[segment];
+    const Segment& s = pairs.segments[segment];
     const bool last_group = group + 1 == groups;
     for (const int stop = min(end, unit - ku + per_row); unit < stop; ++unit, ++ku) {
       wait_async();
@@ -134,7 +133,8 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
     segment += last_group;
   }
   if (!later) return;
-  const Segment s = pairs.segments[head_segment];
+  const int head_group = head % groups;  // again: kept, it would take registers from the products
+  const Segment& s = pairs.segments[head / groups];
   for (int i = 4 * threadIdx.x; i < ROWS * s.count; i += 4 * THREADS) {
     float4 sum = {0, 0, 0, 0};
     for (int b = shared_from; b < blockIdx.x; ++b) {

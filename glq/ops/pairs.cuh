@@ -8,11 +8,15 @@ static constexpr int CAP = 8 * NT;
 
 struct Segment {
   u16 expert, count;
+#if SORTED
   int first;  // pairs first … first + count − 1 of the order
+#else
+  u16 pairs[CAP];
+#endif
 };
 
-// The segments of 32 experts, a lane each, after the `at` segments that are there. begin: of the expert's pairs in the order; −1: a
-// segment's are at CAP times its number. → how many segments there are now; start: the expert's first one.
+// The segments of 32 experts, a lane each, after the `at` segments that are there. begin: of the expert's pairs in the order.
+// → how many segments there are now; start: the expert's first one.
 __device__ __forceinline__ int add_segments(Segment* to, int at, int expert, int count, int begin, int& start) {
   const int lane = threadIdx.x % 32, own = (count + CAP - 1) / CAP;
   int sum = own;
@@ -22,8 +26,14 @@ __device__ __forceinline__ int add_segments(Segment* to, int at, int expert, int
     if (lane >= d) sum += other;
   }
   start = at + sum - own;
-  for (int j = 0; j < own; ++j)
-    to[start + j] = {(u16)expert, (u16)min(CAP, count - j * CAP), begin < 0 ? (start + j) * CAP : begin + j * CAP};
+  for (int j = 0; j < own; ++j) {
+    Segment& s = to[start + j];
+    s.expert = (u16)expert;
+    s.count = (u16)min(CAP, count - j * CAP);
+#if SORTED
+    s.first = begin + j * CAP;
+#endif
+  }
   return at + __shfl_sync(~0u, sum, 31);
 }
 
@@ -36,7 +46,7 @@ struct Pairs {
 
   __device__ Pairs(u8* memory, const int* order, const int* ends, int, int, int, int)
       : order(order), ends(ends), segments((Segment*)(memory + 16)), total((int*)memory) {}
-  __device__ __forceinline__ int at(int i) const { return order[i]; }
+  __device__ __forceinline__ int of(const Segment& s, int slot) const { return order[s.first + slot]; }
   __device__ __forceinline__ void find(int, int experts) const {
     const int lane = threadIdx.x % 32;
     int found = 0, start;
@@ -59,18 +69,15 @@ struct Pairs {
   Segment* segments;   // [limit]
   int* total;          // segments
   u32* keys;           // [pairs]: expert, and the pair's number among the expert's
-  u16* order;          // [limit][CAP]
   u16 *counts, *used;  // [experts]; those that have pairs
 
   __device__ Pairs(u8* memory, const int*, const int* expert_of, int words, int limit, int pairs, int experts)
       : expert_of(expert_of), words(words), segments((Segment*)(memory + 16)), total((int*)memory) {
     keys = (u32*)(segments + limit);
-    order = (u16*)(keys + pairs);
-    counts = order + limit * CAP;
+    counts = (u16*)(keys + pairs);
     used = counts + experts;
   }
-  __device__ __forceinline__ int at(int i) const { return order[i]; }
-
+  __device__ __forceinline__ int of(const Segment& s, int slot) const { return s.pairs[slot]; }
   __device__ __forceinline__ void find(int pairs, int experts) const {
     const int lane = threadIdx.x % 32;
     for (int e = lane; e < experts; e += 32) counts[e] = 0;
@@ -80,12 +87,14 @@ struct Pairs {
     for (int base = 0; base < in_use; base += 32) {
       const bool is = base + lane < in_use;
       const int e = is ? used[base + lane] : 0;
-      found = add_segments(segments, found, e, is ? counts[e] : 0, -1, start);
+      found = add_segments(segments, found, e, is ? counts[e] : 0, 0, start);
       if (is) counts[e] = (u16)start;
     }
     __syncwarp();
-    for (int p = lane; p < pairs; p += 32)
-      if (keys[p] != NONE) order[counts[keys[p] >> 16] * CAP + (keys[p] & 0xFFFF)] = (u16)p;
+    for (int p = lane; p < pairs; p += 32) {
+      const u32 key = keys[p], rank = key & 0xFFFF;
+      if (key != NONE) segments[counts[key >> 16] + rank / CAP].pairs[rank % CAP] = (u16)p;
+    }
     if (lane == 0) *total = found;
   }
   // counts and used and keys → how many experts have pairs.
