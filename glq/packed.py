@@ -47,6 +47,30 @@ class PackedLinear:
         return unrotate(rotated, unpack_signs(self.signs, self.in_features), self.block)
 
 
+@dataclass(frozen=True)
+class PackedExperts:
+    """A matrix for each expert of a layer, W_e [out, in], as in PackedLinear; they share the rotation.
+
+    codes [experts, row tiles, column tiles, tile bytes]; scale [experts, out]; signs as of one matrix.
+    """
+
+    codec: str
+    out_features: int
+    in_features: int
+    block: int
+    codes: Tensor
+    scale: Tensor
+    signs: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, expert: int) -> PackedLinear:
+        sizes = (self.codec, self.out_features, self.in_features, self.block)
+        return PackedLinear(*sizes, self.codes[expert], self.scale[expert], self.signs)
+
+
 def packed_shapes(codec: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a [out, in] matrix stores; fixed by the codec and the two sizes alone."""
     c = get_codec(codec)

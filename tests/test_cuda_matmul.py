@@ -244,6 +244,9 @@ def test_cubins_stay_within_the_limits_of_every_architecture(arch):
         spills = re.findall(r"(\d+) bytes spill", report)
         assert spills
         assert set(spills) == {"0"}, (source, report)
+        assert (
+            int(re.findall(r"Used (\d+) registers", report)[0]) > 64
+        )  # fewer: the compiler saw that it always refuses
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

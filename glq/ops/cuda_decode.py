@@ -74,7 +74,14 @@ class Plan:
             "AHEAD": self.ahead,
             "RESIDENT": self.resident,
         }
-        files = ("ops/ptx.cuh", "ops/hadamard.cuh", "ops/tiles.cuh", "ops/exchange.cuh", "ops/decode.cu")
+        files = (
+            "ops/ptx.cuh",
+            "ops/hadamard.cuh",
+            "ops/tiles.cuh",
+            "ops/exchange.cuh",
+            "ops/units.cuh",
+            "ops/decode.cu",
+        )
         return nvrtc.Source(files, tuple(macros.items()))
 
 

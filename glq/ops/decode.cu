@@ -4,25 +4,10 @@
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
 // have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
 // always adds up in the same order.
-// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK, BLOCK (width of the rotation, for one token; 0: x comes
+// Macros, besides those of units.cuh: BLOCK (width of the rotation, for one token; 0: x comes
 // rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it,
 // too), RESIDENT (blocks for which a multiprocessor has registers).
-static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
-
-static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
 static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
-
-// ---- which units a block has ----
-
-struct Work {
-  int row_tiles, col_tiles, per_row, length, longer;  // the first `longer` blocks have length + 1 units, the others length
-
-  __device__ __forceinline__ int begin(int block) const { return block * length + min(block, longer); }
-  __device__ __forceinline__ int owner(int unit) const {
-    const int rest = unit - longer * (length + 1);
-    return rest < 0 ? unit / (length + 1) : longer + rest / length;
-  }
-};
 
 // A warp's tiles, unit after unit.
 struct Cursor {
@@ -94,31 +79,6 @@ __device__ __forceinline__ void rotate_for(const Work& work, int begin, int end,
 }
 #endif
 
-// ---- the product ----
-
-// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves. used(s): the codes of step
-// s are.
-template <typename F>
-__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 copy, F used) {
-  #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    u32 ends[2];
-    ends_of(ends, r, s);
-    uint2 b[NT];
-    #pragma unroll
-    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * 8 * X_STRIDE + 4 * s);
-    #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      u32 a[4];
-      #pragma unroll
-      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), copy);
-      #pragma unroll
-      for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
-    }
-    used(s);
-  }
-}
-
 // ---- sums ----
 
 struct Output {
@@ -136,33 +96,6 @@ struct Output {
     put(token, row + 3, sum.w);
   }
 };
-__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
-
-// The sums that the block has of a group of rows, added up over its warps: put(token, row, 4 rows' sums).
-// shared: [WARPS][8 tokens at once][64] floats, of which two tokens' rows are swapped by eights, to keep banks apart.
-template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT][4], float* shared, int tokens, int warp, F put) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, at_once = min(tokens, 8);
-  #pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    #pragma unroll
-    for (int m = 0; m < 4; ++m)
-      #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = 16 * m + g + e / 2 * 8, token = 2 * t + e % 2;
-        if (8 * n + token < tokens) shared[(warp * at_once + token) * 64 + (row ^ 8 * t)] = acc[m][n][e];
-        acc[m][n][e] = 0;
-      }
-    __syncthreads();
-    for (int i = 4 * threadIdx.x; i < ROWS * min(tokens - 8 * n, 8); i += 4 * THREADS) {
-      const int row = i % ROWS, token = i / ROWS;
-      float4 sum = {0, 0, 0, 0};
-      #pragma unroll
-      for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * 64 + (row % 64 ^ token / 2 * 8)));
-      put(8 * n + token, row, sum);
-    }
-    __syncthreads();
-  }
-}
 
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.

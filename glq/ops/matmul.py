@@ -25,7 +25,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
     """x [..., in] fp32, fp16 or bf16 → y [..., out] in x's dtype; the rest as in PackedLinear."""
     if x.device.type != "cuda":
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
-    if _has_cuda_kernel(x, codec):
+    if has_cuda_kernel(x, codec):
         weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
         return _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device)).view(*x.shape[:-1], out_features)
     if find_spec("triton") is None:
@@ -53,7 +53,8 @@ def matmul_reference(
     return rotated.to(x.dtype) @ weight.to(x.dtype).T
 
 
-def _has_cuda_kernel(x: Tensor, codec: str) -> bool:
+def has_cuda_kernel(x: Tensor, codec: str) -> bool:
+    """Whether the kernels of cuda_*.py take such an x and codec, and work on this device."""
     kernels = isinstance(get_codec(codec), Trellis) and x.dtype in (torch.float16, torch.bfloat16)
     return kernels and x.numel() > 0 and _nvrtc_works(x.device)
 

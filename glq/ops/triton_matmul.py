@@ -36,9 +36,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
         flat = x.reshape(tokens, in_features).contiguous()
         y = x.new_empty(tokens, out_features)
         if tokens:
-            rotated = x.new_empty(2, tokens, 32 * codes.shape[1])
-            _rotate(flat, signs, block, rotated, (rotated.stride(1), rotated.stride(0), 1))
-            _multiply(rotated, codes, scale, codec, in_features, y)
+            _multiply(rotate_apart(flat, signs, block, codes.shape[1]), codes, scale, codec, in_features, y)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -52,6 +50,13 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     if y.numel():
         with torch.cuda.device_of(x):
             _rotate(x.reshape(-1, x.shape[-1]).contiguous(), signs, block, y, (x.shape[-1], 1, 2))
+    return y
+
+
+def rotate_apart(x: Tensor, signs: Tensor, block: int, col_tiles: int) -> Tensor:
+    """x [tokens, in] contiguous → [2, tokens, 32 · column tiles]: R·x's even columns, then its odd ones."""
+    y = x.new_empty(2, len(x), 32 * col_tiles)
+    _rotate(x, signs, block, y, (y.stride(1), y.stride(0), 1))
     return y
 
 

@@ -68,6 +68,19 @@ static u32 __shfl_sync(u32, u32 v, int from) {
   sync_warp();
   return r;
 }
+// f(what lane l shows) for every lane l, as bits.
+template <typename F> static u32 ask_lanes(u32 v, F f) {
+  auto& shown = exchange[current / 32];
+  shown[current % 32][0] = v;
+  sync_warp();
+  u32 r = 0;
+  for (int l = 0; l < 32; ++l) r |= (u32)f(shown[l][0]) << l;
+  sync_warp();
+  return r;
+}
+static u32 __ballot_sync(u32, bool v) { return ask_lanes(v, [](u32 other) { return other != 0; }); }
+static u32 __match_any_sync(u32, u32 v) { return ask_lanes(v, [v](u32 other) { return other == v; }); }
+static u32 __shfl_up_sync(u32 mask, u32 v, int d) { return __shfl_sync(mask, v, max(current % 32 - d, 0)); }
 static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(__shfl_sync(mask, __float_as_uint(v), current % 32 ^ m)); }
 
 // ---- ops/ptx.cuh ----

@@ -1,0 +1,159 @@
+"""The product over experts on an NVIDIA GPU: launches ops/experts.cu, for trellis codes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
+from glq.errors import GlqError
+from glq.ops.cuda_decode import max_tokens
+from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_table import HOLE, SCALES, device_table, index_bits, spread, table_bytes, table_macros
+from glq.ops.pairs import segment_limit, sort_pairs
+from glq.packed import PackedExperts
+
+_SORTED_FROM = 513  # pairs: more than a warp of each block should sort; to be measured
+_MOST_EXPERTS = 1024  # that it should count
+_PAIRS_AN_EXPERT = {
+    1: 4,
+    2: 12,
+    4: 28,
+}  # on average, up to which so many times 8 are multiplied at once; to be measured
+_END_OF_ROWS = 0.4  # what adding up a group of rows takes, in units of a unit; to be measured
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known of a product from shapes alone."""
+
+    pairs: int
+    experts: int
+    top_k: int
+    row_tiles: int
+    col_tiles: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is spread over the GPU: ops/experts.cu."""
+
+    codec: Trellis
+    dtype: torch.dtype  # of x: fp16 or bf16
+    scale: torch.dtype
+    pair_tiles: int  # of 8 pairs of one expert at once
+    wr: int  # row tiles of a unit
+    wk: int  # column tiles of a unit
+    copies: int  # of the table in shared memory
+    top_k: int
+    sorted: bool  # pairs come in the order of their experts
+
+    @property
+    def at_once(self) -> int:
+        """Pairs of a segment."""
+        return 8 * self.pair_tiles
+
+    @property
+    def warps(self) -> int:
+        return self.wr * self.wk
+
+    def limit(self, task: Task) -> int:
+        """Segments that there may be."""
+        return segment_limit(task.pairs, task.experts, self.at_once)
+
+    def units(self, task: Task) -> int:
+        """Of a segment."""
+        return -(-task.row_tiles // self.wr) * -(-task.col_tiles // self.wk)
+
+    def cost(self, task: Task, blocks: int) -> float:
+        """Of the block that has most to do, in units."""
+        segments = min(task.pairs, task.experts) + task.pairs // (2 * self.at_once)
+        units = -(-segments * self.units(task) // blocks)
+        return units + _END_OF_ROWS * (1 + units / -(-task.col_tiles // self.wk))
+
+    def shared(self, task: Task) -> int:
+        """Bytes of shared memory a block."""
+        table = table_bytes(self.codec, self.copies)
+        return table if spread(self.codec, self.copies) else table + self._sums + 2 * self._x + self._lists(task)
+
+    def fits(self, task: Task, gpu: nvrtc.Launcher) -> bool:
+        if spread(self.codec, self.copies) and (self._sums > HOLE or self._x + self._lists(task) > HOLE):
+            return False
+        return self.shared(task) + nvrtc.RESERVED <= gpu.shared_memory
+
+    @property
+    def _sums(self) -> int:
+        """Bytes of what warps add up."""
+        return 4 * 64 * 8 * self.warps
+
+    @property
+    def _x(self) -> int:
+        """Bytes of x of a unit."""
+        return 2 * 72 * self.wk * self.at_once
+
+    def _lists(self, task: Task) -> int:
+        """Bytes that ops/pairs.cuh needs."""
+        segments = 16 + (8 if self.sorted else 4 + 2 * self.at_once) * self.limit(task)
+        return segments if self.sorted else segments + 4 * (task.pairs + task.experts)
+
+    @property
+    def source(self) -> nvrtc.Source:
+        macros = {
+            **table_macros(self.codec, self.copies),
+            "NT": self.pair_tiles,
+            "WR": self.wr,
+            "WK": self.wk,
+            "BF16": int(self.dtype == torch.bfloat16),
+            "SCALE": SCALES[self.scale],
+            "TOP_K": self.top_k,
+            "SORTED": int(self.sorted),
+        }
+        parts = ("ptx", "tiles", "exchange", "units", "pairs")
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), tuple(macros.items()))
+
+
+def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task, gpu: nvrtc.Launcher) -> Plan:
+    """As many copies of the table as there is room for; units so that blocks have equally much to do."""
+    average = task.pairs / task.experts
+    pair_tiles = next((tiles for tiles, pairs in _PAIRS_AN_EXPERT.items() if average <= pairs), 8)
+    pair_tiles = min(pair_tiles, max_tokens(gpu.arch) // 8)
+    by_torch = task.pairs >= _SORTED_FROM or task.experts > _MOST_EXPERTS
+    few = pair_tiles == 1 or (pair_tiles == 2 and max_tokens(gpu.arch) == 64)  # else 16 warps lack registers
+    shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if few else ((2, 4), (1, 8), (4, 2))
+    for table in (128, 64, 32):
+        copies = min(32, 256 * table >> index_bits(codec))
+        plans = [Plan(codec, dtype, scale, pair_tiles, wr, wk, copies, task.top_k, by_torch) for wr, wk in shapes]
+        fitting = [plan for plan in plans if plan.fits(task, gpu)]
+        most = max((plan.warps for plan in fitting), default=0)
+        if fitting:
+            return min(
+                (plan for plan in fitting if plan.warps == most), key=lambda plan: plan.cost(task, gpu.multiprocessors)
+            )
+    raise GlqError(f"the kernel for {task.experts} experts needs more shared memory than this GPU has")
+
+
+def matmul(
+    x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int, gpu: nvrtc.Launcher, plan: Plan | None = None
+) -> Tensor:
+    """As ops.experts, for a trellis codec and x [rows, in] in fp16 or bf16."""
+    trellis = get_codec(weights.codec)
+    assert isinstance(trellis, Trellis)
+    experts, row_tiles, col_tiles, _ = weights.codes.shape
+    pairs, rows = len(expert_of), weights.out_features
+    task = Task(pairs, experts, top_k, row_tiles, col_tiles)
+    plan = plan or make_plan(trellis, x.dtype, weights.scale.dtype, task, gpu)
+    expert_of = expert_of.contiguous()
+    order, by_expert = sort_pairs(expert_of, experts) if plan.sorted else (expert_of, expert_of)
+    rotated = rotate_tiles(x, weights.signs, weights.block, len(x), False, gpu)
+    y = torch.empty(pairs, rows, dtype=x.dtype, device=x.device)
+    grid = min(gpu.multiprocessors, plan.limit(task) * plan.units(task))
+    sums = grid * plan.wr * 64 * plan.at_once
+    own = torch.empty(sums, dtype=torch.float32, device=x.device)
+    table = device_table(trellis, x.device, x.dtype)
+    tensors = (weights.codes, rotated, order, by_expert, table, weights.scale, y, gpu.exchange(sums), own)
+    words = by_expert.element_size() // 4
+    sizes = (words, plan.limit(task), pairs, experts, len(x), rows, row_tiles, col_tiles)
+    gpu.launch(plan.source, "experts", grid, 32 * plan.warps, plan.shared(task), *tensors, *sizes)
+    return y

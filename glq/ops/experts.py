@@ -1,0 +1,81 @@
+"""y = x · W_eᵀ for pairs of a token and an expert e, W_e packed: one op above every implementation."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from glq import nvrtc
+from glq.errors import GlqError
+from glq.ops import cuda_experts, grouped
+from glq.ops.matmul import has_cuda_kernel
+from glq.packed import PackedExperts, unpack_signs
+from glq.rotation import rotate
+
+
+@torch.library.custom_op("glq::experts_matmul", mutates_args=())
+def experts_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    signs: Tensor,
+    expert_of: Tensor,
+    top_k: int,
+    codec: str,
+    out_features: int,
+    block: int,
+) -> Tensor:
+    """x [pairs / top_k, in] fp32, fp16 or bf16, expert_of [pairs] int32 or int64 → y [pairs, out] in x's dtype.
+
+    Pair p is row p // top_k of x times the matrix of expert expert_of[p], or zeros if there is no such expert (−1, say:
+    another device has it). The rest as in PackedExperts. On a GPU nothing waits for the values of expert_of.
+    """
+    if len(expert_of) != len(x) * top_k:
+        raise GlqError(f"{len(x)} rows of x with {top_k} experts each, but {len(expert_of)} pairs in expert_of")
+    weights = PackedExperts(codec, out_features, x.shape[1], block, codes, scale, signs)
+    if x.device.type != "cuda":
+        return experts_reference(x, weights, expert_of, top_k)
+    if x.numel() == 0:
+        return x.new_empty(len(expert_of), out_features)
+    return _on_gpu(x, weights, expert_of, top_k)
+
+
+@experts_matmul.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    signs: Tensor,
+    expert_of: Tensor,
+    top_k: int,
+    codec: str,
+    out_features: int,
+    block: int,
+) -> Tensor:
+    return x.new_empty(len(expert_of), out_features)
+
+
+def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
+    """What the op means: rotate x in fp32, multiply by each expert's decoded and scaled codes in x's dtype."""
+    rotated = rotate(x.float(), unpack_signs(weights.signs, weights.in_features), weights.block).to(x.dtype)
+    y = x.new_zeros(len(expert_of), weights.out_features)
+    for e in range(weights.count):
+        (pairs,) = torch.where(expert_of == e)
+        if len(pairs):
+            matrix = weights[e].decode() * weights[e].scale.float()[:, None]
+            y[pairs] = rotated[pairs // top_k] @ matrix.to(x.dtype).T
+    return y
+
+
+def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
+    """By what is fastest for so many pairs."""
+    triton = find_spec("triton") is not None
+    if triton and grouped.applies(x, weights, len(expert_of)):
+        return grouped.matmul(x, weights, expert_of, top_k)
+    if has_cuda_kernel(x, weights.codec):
+        return cuda_experts.matmul(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
+    if not triton:
+        return experts_reference(x, weights, expert_of, top_k)
+    from glq.ops import triton_experts
+
+    return triton_experts.matmul(x, weights, expert_of, top_k)

@@ -1,0 +1,73 @@
+// What the kernels for few tokens have in common (decode.cu, experts.cu): runs of units, a warp's product with its tile, sums
+// over the warps of a block.
+// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
+static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
+
+static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
+
+// ---- which units a block has ----
+
+struct Work {
+  int row_tiles, col_tiles, per_row, length, longer;  // the first `longer` blocks have length + 1 units, the others length
+
+  __device__ __forceinline__ int begin(int block) const { return block * length + min(block, longer); }
+  __device__ __forceinline__ int owner(int unit) const {
+    const int rest = unit - longer * (length + 1);
+    return rest < 0 ? unit / (length + 1) : longer + rest / length;
+  }
+};
+
+// ---- the product ----
+
+// acc[row tile][token tile][4] += the tile · x; xs: this lane's columns of its token, in halves. used(s): the codes of step
+// s are.
+template <typename F>
+__device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 copy, F used) {
+  #pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    u32 ends[2];
+    ends_of(ends, r, s);
+    uint2 b[NT];
+    #pragma unroll
+    for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * 8 * X_STRIDE + 4 * s);
+    #pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      u32 a[4];
+      #pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), copy);
+      #pragma unroll
+      for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
+    }
+    used(s);
+  }
+}
+
+// ---- sums ----
+
+__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
+
+// The sums that the block has of a group of rows, added up over its warps: put(token, row, 4 rows' sums).
+// shared: [WARPS][8 tokens at once][64] floats, of which two tokens' rows are swapped by eights, to keep banks apart.
+template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT][4], float* shared, int tokens, int warp, F put) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, at_once = min(tokens, 8);
+  #pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    #pragma unroll
+    for (int m = 0; m < 4; ++m)
+      #pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = 16 * m + g + e / 2 * 8, token = 2 * t + e % 2;
+        if (8 * n + token < tokens) shared[(warp * at_once + token) * 64 + (row ^ 8 * t)] = acc[m][n][e];
+        acc[m][n][e] = 0;
+      }
+    __syncthreads();
+    for (int i = 4 * threadIdx.x; i < ROWS * min(tokens - 8 * n, 8); i += 4 * THREADS) {
+      const int row = i % ROWS, token = i / ROWS;
+      float4 sum = {0, 0, 0, 0};
+      #pragma unroll
+      for (int k = 0; k < WK; ++k) add(sum, *(const float4*)(shared + ((row / 64 * WK + k) * at_once + token) * 64 + (row % 64 ^ token / 2 * 8)));
+      put(8 * n + token, row, sum);
+    }
+    __syncthreads();
+  }
+}
