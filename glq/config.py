@@ -6,7 +6,7 @@ from typing import Any
 from glq.codecs import get_codec
 from glq.errors import GlqError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "glq"
 
 
@@ -61,10 +61,15 @@ class GlqConfig:
                 f"quantization_config: format_version must be an integer of at least 1, found {version!r}. "
                 "Checkpoints of other projects named glq are not read"
             )
+        if version < FORMAT_VERSION:
+            raise GlqError(
+                f"the checkpoint has format version {version}, of before the first release, whose trellis codes "
+                "meant other values: quantize the model again"
+            )
         if version > FORMAT_VERSION:
             raise GlqError(
                 f"the checkpoint has format version {version}, written by glq {raw.get('glq_version')}; this glq reads "
-                f"up to {FORMAT_VERSION}: pip install -U glq"
+                f"{FORMAT_VERSION}: pip install -U glq"
             )
         known = {"quant_method", "format_version", "glq_version", "bits", "modules"}
         _refuse_unknown("quantization_config", raw, known)

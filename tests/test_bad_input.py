@@ -191,7 +191,8 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda q: q.update(format_version=2), "has format version 2, .* reads up to 1: pip install -U glq"),
+        (lambda q: q.update(format_version=3), "has format version 3, .* reads 2: pip install -U glq"),
+        (lambda q: q.update(format_version=1), "has format version 1, .* quantize the model again"),
         (lambda q: q.update(format_version="1"), "format_version must be an integer"),
         (lambda q: q.pop("format_version"), "format_version must be an integer of at least 1, found None"),
         (lambda q: q.update(groups=3), "unknown keys groups"),
@@ -299,7 +300,7 @@ KEYS = ["quant_method", "format_version", "glq_version", "bits", "modules", "oth
 @given(st.dictionaries(st.sampled_from(KEYS), JSON), st.booleans())
 def test_no_config_gets_through_or_crashes(raw, plausible):
     if plausible:
-        raw |= {"quant_method": "glq", "format_version": 1}
+        raw |= {"quant_method": "glq", "format_version": 2}
     with pytest.raises(GlqError):
         GlqConfig.from_dict(raw)
 

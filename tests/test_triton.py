@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from glq.codecs import CODECS
-from glq.ops.matmul import matmul_reference
+from glq.ops.matmul import has_triton_kernel, matmul_reference
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate as rotate_reference
 
@@ -151,3 +151,13 @@ def test_rotation(block):
 )
 def test_rows_are_split_where_their_tiles_do_not_fill_the_gpu(row_tiles, col_tiles, tokens, parts):
     assert triton_matmul.parts_of_a_row(row_tiles, col_tiles, tokens, 132) == parts
+
+
+def test_the_first_use_checks_the_kernels(monkeypatch):
+    device = torch.device(DEVICE)
+    has_triton_kernel.cache_clear()
+    assert has_triton_kernel(device, "e8-3.5")
+    monkeypatch.setattr(triton_matmul, "matmul", lambda x, *rest: x.new_zeros(len(x), 96))
+    with pytest.warns(UserWarning, match="computes something else than PyTorch"):
+        assert not has_triton_kernel(device, "nested-3")
+    has_triton_kernel.cache_clear()

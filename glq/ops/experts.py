@@ -1,14 +1,12 @@
 """y = x · W_eᵀ for pairs of a token and an expert e, W_e packed: one op above every implementation."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glq import nvrtc
 from glq.errors import GlqError
 from glq.ops import cuda_experts, grouped
-from glq.ops.matmul import has_cuda_kernel
+from glq.ops.matmul import has_cuda_kernel, has_triton_kernel
 from glq.packed import PackedExperts, unpack_signs
 from glq.rotation import rotate
 
@@ -69,7 +67,7 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    triton = find_spec("triton") is not None
+    triton = has_triton_kernel(x.device, weights.codec)
     if triton and grouped.applies(x, weights, len(expert_of)):
         return grouped.matmul(x, weights, expert_of, top_k)
     if has_cuda_kernel(x, weights.codec):

@@ -1,5 +1,6 @@
 """y = x · Wᵀ for a packed W: one op above every implementation."""
 
+import math
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -10,8 +11,9 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
+from glq.errors import GlqError
 from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
-from glq.packed import PackedLinear, decode_matrix, unpack_signs
+from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 # Measured on an H100: docs/benchmarks.md
@@ -28,7 +30,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
     if has_cuda_kernel(x, codec):
         weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
         return _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device)).view(*x.shape[:-1], out_features)
-    if find_spec("triton") is None:
+    if not has_triton_kernel(x.device, codec):
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     from glq.ops import triton_matmul
 
@@ -68,6 +70,30 @@ def _nvrtc_works(device: torch.device) -> bool:
         cuda_decode.try_out(nvrtc.gpu(device), device)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def has_triton_kernel(device: torch.device, codec: str) -> bool:
+    """Whether Triton compiles the kernels for this codec here, and they compute what the reference does."""
+    if find_spec("triton") is None:
+        return False
+    from glq.ops import triton_matmul
+
+    rows, cols = 96, 128
+    codes = torch.arange(math.prod(shape := packed_shapes(codec, rows, cols)["codes"])).to(torch.uint8).view(shape)
+    scale, signs = torch.linspace(0.5, 2, rows).half(), torch.full((cols // 8,), 0x5A, dtype=torch.uint8)
+    on_device = codes.to(device), scale.to(device), signs.to(device)
+    try:
+        for tokens in (1, triton_matmul.FEW + 1):
+            x = torch.linspace(-1, 1, tokens * cols).view(tokens, cols)
+            expected = matmul_reference(x, codes, scale, signs, codec, rows, cols)
+            y = triton_matmul.matmul(x.to(device).half(), *on_device, codec, rows, cols)
+            if not torch.allclose(y.float().cpu(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
+                raise GlqError("it computes something else than PyTorch on this GPU")
+    except Exception as error:  # noqa: BLE001 (Triton and the driver have kinds of their own)
+        warnings.warn(f"glq's Triton kernels cannot be used for {codec}, PyTorch's are: {error}", stacklevel=2)
         return False
     return True
 
