@@ -4,7 +4,7 @@
 
 Every result is checked first. A time is the median over replays of a CUDA graph that goes through as many copies of the
 matrix as fill the L2 cache several times, so each is read from memory; rotation of x included. The floor is bytes
-stored ÷ what the card reads in the same run. OUT gets kernels.json and kernels.md.
+stored ÷ what the card reads in the same run. OUT gets kernels.json, kernels.md and kernels.svg.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from glq.codecs import CODECS, DEFAULT_CODECS
@@ -142,6 +143,21 @@ def table(rows: list[Row], rate: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(rows: list[Row], file: Path) -> None:
+    """How many times as fast as bf16, by tokens; a panel for each shape."""
+    shapes = list(dict.fromkeys((r.out_features, r.in_features) for r in rows))
+    figure = Figure(figsize=(3.2 * len(shapes), 3.4), layout="constrained")
+    for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
+        for codec in dict.fromkeys(r.codec for r in rows):
+            of_codec = [r for r in rows if r.codec == codec and (r.out_features, r.in_features) == shape]
+            axes.plot([r.tokens for r in of_codec], [r.bf16_us / r.us for r in of_codec], marker=".", label=codec)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens", title="{} × {}".format(*shape), ylim=(0, None))
+    figure.axes[0].set_ylabel("times as fast as cuBLAS bf16")
+    figure.axes[0].legend()
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -160,6 +176,7 @@ def main() -> None:
             print(table(rows[-len(args.codecs) :], rate).splitlines()[-len(args.codecs) :], flush=True)
             (args.out / "kernels.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
             (args.out / "kernels.md").write_text(table(rows, rate), encoding="utf-8")
+    plot(rows, args.out / "kernels.svg")
     print(table(rows, rate))
 
 

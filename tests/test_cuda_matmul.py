@@ -13,6 +13,7 @@ from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
 from glq.ops.matmul import matmul_reference
@@ -205,12 +206,17 @@ def test_rotation(block, for_wgmma):
     assert not found[:, 2 * block :].any()
 
 
+def try_out(gpu):
+    op_module.try_out(lambda x, weight: op_module._cuda(x, weight, gpu), torch.device("cpu"), "trellis-2", (1, 16, 33, 512))
+
+
 @emulated
-def test_the_first_use_checks_the_kernel(monkeypatch):
-    cuda_decode.try_out(Emulator(1), torch.device("cpu"))
-    monkeypatch.setattr(cuda_decode, "device_table", lambda *_: torch.zeros(256, 2).half())
+@pytest.mark.parametrize("module", [cuda_decode, cuda_prefill, cuda_dequantize])
+def test_the_first_use_checks_the_kernels(module, monkeypatch):
+    try_out(Emulator(1))
+    monkeypatch.setattr(module, "device_table", lambda *_: torch.zeros(1024, 2).half())
     with pytest.raises(GlqError, match="computes something else"):
-        cuda_decode.try_out(Emulator(1), torch.device("cpu"))
+        try_out(Emulator(1))
 
 
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228, 103: 228}  # KB of a multiprocessor; of the others 100
@@ -221,7 +227,7 @@ def test_shared_memory_that_begins_elsewhere_is_not_silently_wrong():
     x, weight = problem("trellis-4", 3, 70, 128, 64, torch.bfloat16)
     assert matmul(x, weight, Emulator(2, begin=2048)).isnan().all()
     with pytest.raises(GlqError, match="computes something else"):
-        cuda_decode.try_out(Emulator(1, begin=2048), torch.device("cpu"))
+        try_out(Emulator(1, begin=2048))
 
 
 def plans(arch):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import glq
 import glq.hf_integration
-from glq.graphs import GraphedForward, _is_step
+from glq.graphs import GraphedForward, _is_step, decode_in_graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,6 +31,7 @@ def test_generate_writes_the_same_in_graphs(tmp_path, text_file, batch):
     model = make_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
     glq.quantize(model, tmp_path / "out", glq.Settings(bits=4, tokens=512, ctx=64), calibration=text_file)
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16).cuda().eval()
+    decode_in_graphs(quantized)
     ids = torch.randint(2, 300, (batch, 7), device="cuda")
     settings = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     plain = quantized.generate(ids, disable_compile=True, **settings)

@@ -1,6 +1,6 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -141,17 +141,3 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     sizes = (tokens, weight.out_features, in_features, row_tiles, col_tiles, units // grid, units % grid)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y
-
-
-def try_out(gpu: nvrtc.Launcher, device: torch.device) -> None:
-    """Compile, run and check a small product. GlqError if it is wrong; what CUDA raises if there is none."""
-    name, size = "trellis-2", 64
-    codes = torch.arange(256, dtype=torch.uint8).repeat(4).view(1, 1, -1)
-    signs, scale = torch.full((size // 8,), 0x5A, dtype=torch.uint8), torch.linspace(0.5, 2, size).half()
-    x = torch.linspace(-1, 1, size).half()[None]
-    weight = PackedLinear(name, size, size, size, codes, scale, signs)
-    expected = x.float() @ weight.dequantize().T
-    on_device = replace(weight, codes=codes.to(device), scale=scale.to(device), signs=signs.to(device))
-    y = matmul(x.to(device), on_device, gpu)
-    if not torch.allclose(y.float().cpu(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
-        raise GlqError("the CUDA kernel computes something else than PyTorch on this GPU")

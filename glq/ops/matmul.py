@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -67,7 +68,8 @@ def _nvrtc_works(device: torch.device) -> bool:
     if not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        cuda_decode.try_out(nvrtc.gpu(device), device)
+        gpu = nvrtc.gpu(device)
+        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _SEVERAL + 1, _MANY))
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
         return False
@@ -81,21 +83,31 @@ def has_triton_kernel(device: torch.device, codec: str) -> bool:
         return False
     from glq.ops import triton_matmul
 
-    rows, cols = 96, 128
-    codes = torch.arange(math.prod(shape := packed_shapes(codec, rows, cols)["codes"])).to(torch.uint8).view(shape)
-    scale, signs = torch.linspace(0.5, 2, rows).half(), torch.full((cols // 8,), 0x5A, dtype=torch.uint8)
-    on_device = codes.to(device), scale.to(device), signs.to(device)
+    def multiply(x: Tensor, w: PackedLinear) -> Tensor:
+        return triton_matmul.matmul(x, w.codes, w.scale, w.signs, w.codec, w.out_features, w.block)
+
     try:
-        for tokens in (1, triton_matmul.FEW + 1):
-            x = torch.linspace(-1, 1, tokens * cols).view(tokens, cols)
-            expected = matmul_reference(x, codes, scale, signs, codec, rows, cols)
-            y = triton_matmul.matmul(x.to(device).half(), *on_device, codec, rows, cols)
-            if not torch.allclose(y.float().cpu(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
-                raise GlqError("it computes something else than PyTorch on this GPU")
+        try_out(multiply, device, codec, (1, triton_matmul.FEW + 1))
     except Exception as error:  # noqa: BLE001 (Triton and the driver have kinds of their own)
         warnings.warn(f"glq's Triton kernels cannot be used for {codec}, PyTorch's are: {error}", stacklevel=2)
         return False
     return True
+
+
+def try_out(
+    multiply: Callable[[Tensor, PackedLinear], Tensor], device: torch.device, codec: str, tokens: tuple[int, ...]
+) -> None:
+    """Compile, run and check small products in fp16. GlqError if one is wrong; what CUDA raises if there is none."""
+    rows, cols = 100, 256
+    codes = torch.arange(math.prod(shape := packed_shapes(codec, rows, cols)["codes"])).to(torch.uint8).view(shape)
+    scale, signs = torch.linspace(0.5, 2, rows).half(), torch.full((cols // 8,), 0x5A, dtype=torch.uint8)
+    on_device = PackedLinear(codec, rows, cols, cols, codes.to(device), scale.to(device), signs.to(device))
+    for count in tokens:
+        x = torch.linspace(-1, 1, count * cols).view(count, cols)
+        expected = matmul_reference(x, codes, scale, signs, codec, rows, cols)
+        y = multiply(x.to(device).half(), on_device).float().cpu()
+        if not torch.allclose(y, expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
+            raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
 
 
 def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor:
