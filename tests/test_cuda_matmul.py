@@ -207,7 +207,8 @@ def test_rotation(block, for_wgmma):
 
 
 def try_out(gpu):
-    op_module.try_out(lambda x, weight: op_module._cuda(x, weight, gpu), torch.device("cpu"), "trellis-2", (1, 16, 33, 512))
+    tokens = (1, 16, 33, 512)  # one for each kernel
+    op_module.try_out(lambda x, weight: op_module._cuda(x, weight, gpu), torch.device("cpu"), "trellis-2", tokens)
 
 
 @emulated
