@@ -77,9 +77,9 @@ def test_every_number_of_tokens(tokens):
 @pytest.mark.parametrize(("wr", "wk"), [(1, 4), (2, 2), (4, 1), (2, 4)])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 5])
 def test_every_division_of_the_work(wr, wk, multiprocessors):
-    plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, wr, wk, 8, 512, 1)
+    plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, wr, wk, 8, 512)
     check("trellis-4", 1, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
-    plan = replace(plan, tokens=5, block=0, ahead=2)
+    plan = replace(plan, tokens=5, block=0)
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
 
 
@@ -180,7 +180,7 @@ def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
     assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
 
 
-def test_dequantize_leaves_room_for_two_blocks():
+def test_dequantize_fits_every_architecture():
     for name in ("trellis-1.5", "trellis-2.75", "trellis-4"):
         plan = cuda_dequantize.Plan(TRELLISES[name], torch.bfloat16, torch.float16)
         assert plan.shared <= 99 * 1024

@@ -26,9 +26,6 @@ class Plan:
     wk: int  # column tiles of a unit
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
-    blocks: int  # of threads, a multiprocessor
-    ahead: int = 1  # tiles whose codes are requested ahead
-    resident: int = 1  # blocks for which a multiprocessor has registers
 
     @property
     def token_tiles(self) -> int:
@@ -53,7 +50,7 @@ class Plan:
         sums, x = self._parts(cols)
         if spread(self.codec, self.copies) and (sums > HOLE or x > (HOLE if self.block else 2 * HOLE)):
             return False
-        return self.blocks * (self.shared(cols) + nvrtc.RESERVED) <= gpu.shared_memory
+        return self.shared(cols) + nvrtc.RESERVED <= gpu.shared_memory
 
     def _parts(self, cols: int) -> tuple[int, int]:
         """Bytes of what warps add up, in whose place x is rotated before; and of x, of which two units are held."""
@@ -71,18 +68,9 @@ class Plan:
             "BF16": int(self.dtype == torch.bfloat16),
             "SCALE": SCALES[self.scale],
             "BLOCK": self.block,
-            "AHEAD": self.ahead,
-            "RESIDENT": self.resident,
         }
-        files = (
-            "ops/ptx.cuh",
-            "ops/hadamard.cuh",
-            "ops/tiles.cuh",
-            "ops/exchange.cuh",
-            "ops/units.cuh",
-            "ops/decode.cu",
-        )
-        return nvrtc.Source(files, tuple(macros.items()))
+        parts = ("ptx", "hadamard", "tiles", "exchange", "units")
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), tuple(macros.items()))
 
 
 def max_tokens(arch: int) -> int:
@@ -102,7 +90,8 @@ def make_plan(
     """What was fastest on an H100 for a matrix of so many row and column tiles (docs/benchmarks.md).
 
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
-    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
+    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them,
+    and for many tokens leave room for the next rotation to start.
     """
     few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
     width = block if tokens == 1 and by_warps(block) else 0
@@ -110,9 +99,10 @@ def make_plan(
     shapes = ((2, 8), (2, 4)) if tokens <= 16 else ((2, 4), (4, 2))
     candidates = [(*shape, copies) for copies in copies_of_table for shape in shapes]
     if few:
-        candidates = [(1, 16 if tokens <= 8 else 8, copies) for copies in copies_of_table] + candidates
+        room = [copies for copies in copies_of_table if tokens <= 8 or not spread(codec, copies)]
+        candidates = [(1, 16 if tokens <= 8 else 8, copies) for copies in room] + candidates
     for wr, wk, copies in candidates:
-        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, 1)
+        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width)
         if plan.fits(64 * tiles[1], gpu):
             return plan
     if width == 0:
@@ -129,7 +119,7 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     if plan is None:
         plan = make_plan(trellis, x.dtype, weight.scale.dtype, tokens, (row_tiles, col_tiles), weight.block, gpu)
     units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
-    grid = min(units, plan.blocks * gpu.multiprocessors)
+    grid = min(units, gpu.multiprocessors)
     x = x.contiguous()
     if not plan.block:
         x = rotate_tiles(x, weight.signs, weight.block, plan.held, False, gpu)

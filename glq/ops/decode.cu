@@ -4,9 +4,7 @@
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
 // have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
 // always adds up in the same order.
-// Macros, besides those of units.cuh: BLOCK (width of the rotation, for one token; 0: x comes
-// rotated, in tiles), AHEAD (codes requested ahead: 1, the next tile's, as this one's are used; 2, those of the one after it,
-// too), RESIDENT (blocks for which a multiprocessor has registers).
+// Macros, besides those of units.cuh: BLOCK (width of the rotation, for one token; 0: x comes rotated, in tiles).
 static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
 
 // A warp's tiles, unit after unit.
@@ -97,9 +95,24 @@ struct Output {
   }
 };
 
+// Of a group of rows: what blocks from `first` on handed over, and own sums.
+__device__ __forceinline__ void finish(const Output& out, int group, float* handed, const float* own, int first) {
+  const int slot = ROWS * out.tokens;
+  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {  // as take_sums gives them to the threads
+    float4 sum = {0, 0, 0, 0};
+    for (int b = first; b < blockIdx.x; ++b) {
+      float4 part[1];
+      take_over(part, handed + b * slot + i, 0);
+      add(sum, part[0]);
+    }
+    add(sum, *(const float4*)(own + i));
+    out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
+  }
+}
+
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
        int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
   extern __shared__ __align__(128) u8 memory[];
@@ -114,15 +127,10 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   u8* const xs = SPREAD ? memory + 3 * HOLE : (u8*)(sums + max(WARPS * min(tokens, 8) * 64, SCRATCH));
 
   Cursor ahead(work, codes, begin, end, wr, wk);
-  u32 now[REGS], next[AHEAD == 2 ? REGS : 1];
-  bool is_tile = ahead.is_tile(work), next_is = false;
+  u32 now[REGS];
+  bool is_tile = ahead.is_tile(work);
   if (is_tile) load_codes(now, ahead.tile, lane);
   ahead.advance(work);
-  if (AHEAD == 2) {
-    next_is = ahead.is_tile(work);
-    if (next_is) load_codes(next, ahead.tile, lane);
-    ahead.advance(work);
-  }
   fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
@@ -153,19 +161,10 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       if (unit + 1 < end) stage(unit + 1, (ku + 1 < work.per_row ? ku + 1 : 0) * WK);
       const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * next_stage) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
 #endif
-      if (AHEAD == 1) {
-        const bool more = ahead.is_tile(work);
-        if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
-        else if (more) load_codes(now, ahead.tile, lane);
-        is_tile = more;
-      } else {
-        if (is_tile) tile_product(acc, now, mine, copy, [](int) {});
-        #pragma unroll
-        for (int i = 0; i < REGS; ++i) now[i] = next[i % (AHEAD == 2 ? REGS : 1)];
-        is_tile = next_is;
-        next_is = ahead.is_tile(work);
-        if (next_is) load_codes(next, ahead.tile, lane);
-      }
+      const bool more = ahead.is_tile(work);
+      if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
+      else if (more) load_codes(now, ahead.tile, lane);
+      is_tile = more;
       ahead.advance(work);
     }
     const bool ends = ku == work.per_row, begins = group > head || shared_from == blockIdx.x;
@@ -177,15 +176,5 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       else *(float4*)(own + at) = sum;
     });
   }
-  if (!later) return;
-  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {  // as take_sums gives them to the threads
-    float4 sum = {0, 0, 0, 0};
-    for (int b = shared_from; b < blockIdx.x; ++b) {
-      float4 part[1];
-      take_over(part, handed + b * slot + i, 0);
-      add(sum, part[0]);
-    }
-    add(sum, *(const float4*)(own + blockIdx.x * slot + i));
-    out.put4(i / ROWS, head * ROWS + i % ROWS, sum);
-  }
+  if (later) finish(out, head, handed, own + blockIdx.x * slot, shared_from);
 }
