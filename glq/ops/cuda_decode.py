@@ -74,15 +74,8 @@ class Plan:
             "AHEAD": self.ahead,
             "RESIDENT": self.resident,
         }
-        files = (
-            "ops/ptx.cuh",
-            "ops/hadamard.cuh",
-            "ops/tiles.cuh",
-            "ops/exchange.cuh",
-            "ops/units.cuh",
-            "ops/decode.cu",
-        )
-        return nvrtc.Source(files, tuple(macros.items()))
+        parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token")
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), tuple(macros.items()))
 
 
 def max_tokens(arch: int) -> int:
