@@ -160,6 +160,20 @@ def test_many_pairs_of_an_expert_at_once(pair_tiles):
 
 
 @emulated
+@pytest.mark.parametrize("block", [256, 1024])
+@pytest.mark.parametrize("copies", [8, 32])
+@pytest.mark.parametrize("multiprocessors", [1, 5, 30])
+def test_one_token_is_rotated_in_the_kernel(block, copies, multiprocessors):
+    weights = random_experts("trellis-4", 9, 130, 1024, block)
+    plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, 2, 4, copies, 8, False, block)
+    x = torch.randn(1, 1024).half()
+    check(weights, x, routed(1, 8, 9), 8, Emulator(multiprocessors), plan)
+    check(weights, x, torch.tensor([3, 3, -1, 5, 3, 0, 5, 9]), 8, Emulator(multiprocessors), plan)
+    automatic = make_plan(plan.codec, plan.dtype, plan.scale, Task(8, 9, 8, 3, 16), block, Emulator(2))
+    assert automatic.block == block
+
+
+@emulated
 def test_pairs_without_any_expert():
     weights = random_experts("trellis-4", 2, 70, 64, 64)
     y = matmul(torch.randn(9, 64).half(), weights, torch.full((9,), -1), 1, Emulator(3))
@@ -181,7 +195,7 @@ def test_cubins_stay_within_the_limits_of_every_architecture(arch):
     sources = {}
     for name in names:
         for task in tasks():
-            plan = make_plan(TRELLISES[name], torch.float16, torch.float16, task, gpu)
+            plan = make_plan(TRELLISES[name], torch.float16, torch.float16, task, 2048, gpu)
             assert plan.shared(task) <= gpu.shared_memory - 1024
             sources[plan.source] = None
     for source in sources:
@@ -230,5 +244,5 @@ def test_a_cuda_graph_follows_its_routing(name):
 def test_more_pairs_than_a_warp_should_sort_are_sorted_by_pytorch():
     gpu = Emulator(132)
     for pairs in (cuda_experts._SORTED_FROM - 1, cuda_experts._SORTED_FROM):
-        plan = make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, Task(pairs, 64, 8, 24, 32), gpu)
+        plan = make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, Task(pairs, 64, 8, 24, 32), 2048, gpu)
         assert plan.sorted == (pairs >= cuda_experts._SORTED_FROM)

@@ -69,7 +69,7 @@ class Plan:
             "SCALE": SCALES[self.scale],
             "BLOCK": self.block,
         }
-        parts = ("ptx", "hadamard", "tiles", "exchange", "units")
+        parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), tuple(macros.items()))
 
 

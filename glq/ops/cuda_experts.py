@@ -10,7 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_decode import max_tokens
-from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_rotate import by_warps, rotate_tiles
 from glq.ops.cuda_table import HOLE, SCALES, device_table, index_bits, spread, table_bytes, table_macros
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.packed import PackedExperts
@@ -49,6 +49,7 @@ class Plan:
     copies: int  # of the table in shared memory
     top_k: int
     sorted: bool  # pairs come in the order of their experts
+    block: int = 0  # width of the rotation, in the kernel, for pairs of one token; 0: x comes rotated
 
     @property
     def at_once(self) -> int:
@@ -76,11 +77,13 @@ class Plan:
     def shared(self, task: Task) -> int:
         """Bytes of shared memory a block."""
         table = table_bytes(self.codec, self.copies)
-        return table if spread(self.codec, self.copies) else table + self._sums + 2 * self._x + self._lists(task)
+        return table if spread(self.codec, self.copies) else table + self._sums + self._x(task) + self._lists(task)
 
     def fits(self, task: Task, gpu: nvrtc.Launcher) -> bool:
-        if spread(self.codec, self.copies) and (self._sums > HOLE or self._x + self._lists(task) > HOLE):
-            return False
+        if spread(self.codec, self.copies):
+            x, lists = self._x(task), self._lists(task)
+            if self._sums > HOLE or (max(x, lists) if self.block else x // 2 + lists) > HOLE:
+                return False
         return self.shared(task) + nvrtc.RESERVED <= gpu.shared_memory
 
     @property
@@ -88,10 +91,9 @@ class Plan:
         """Bytes of what warps add up."""
         return 4 * 64 * 8 * self.warps
 
-    @property
-    def _x(self) -> int:
-        """Bytes of x of a unit."""
-        return 2 * 72 * self.wk * self.at_once
+    def _x(self, task: Task) -> int:
+        """Bytes of x, or of x of two units."""
+        return 2 * 64 * task.col_tiles if self.block else 2 * 2 * 72 * self.wk * self.at_once
 
     def _lists(self, task: Task) -> int:
         """Bytes that ops/pairs.cuh needs."""
@@ -109,13 +111,17 @@ class Plan:
             "SCALE": SCALES[self.scale],
             "TOP_K": self.top_k,
             "SORTED": int(self.sorted),
+            "BLOCK": self.block,
         }
-        parts = ("ptx", "tiles", "exchange", "units", "pairs")
+        parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token", "pairs")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), tuple(macros.items()))
 
 
-def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task, gpu: nvrtc.Launcher) -> Plan:
+def make_plan(
+    codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task, block: int, gpu: nvrtc.Launcher
+) -> Plan:
     """As many copies of the table as there is room for; units so that blocks have equally much to do."""
+    width = block if task.pairs == task.top_k and by_warps(block) else 0
     average = task.pairs / task.experts
     pair_tiles = next((tiles for tiles, pairs in _PAIRS_AN_EXPERT.items() if average <= pairs), 8)
     pair_tiles = min(pair_tiles, max_tokens(gpu.arch) // 8)
@@ -124,7 +130,9 @@ def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task
     shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if few else ((2, 4), (1, 8), (4, 2))
     for table in (128, 64, 32):
         copies = min(32, 256 * table >> index_bits(codec))
-        plans = [Plan(codec, dtype, scale, pair_tiles, wr, wk, copies, task.top_k, by_torch) for wr, wk in shapes]
+        plans = [
+            Plan(codec, dtype, scale, pair_tiles, wr, wk, copies, task.top_k, by_torch, width) for wr, wk in shapes
+        ]
         fitting = [plan for plan in plans if plan.fits(task, gpu)]
         most = max((plan.warps for plan in fitting), default=0)
         if fitting:
@@ -143,17 +151,19 @@ def matmul(
     experts, row_tiles, col_tiles, _ = weights.codes.shape
     pairs, rows = len(expert_of), weights.out_features
     task = Task(pairs, experts, top_k, row_tiles, col_tiles)
-    plan = plan or make_plan(trellis, x.dtype, weights.scale.dtype, task, gpu)
+    plan = plan or make_plan(trellis, x.dtype, weights.scale.dtype, task, weights.block, gpu)
     expert_of = expert_of.contiguous()
     order, by_expert = sort_pairs(expert_of, experts) if plan.sorted else (expert_of, expert_of)
-    rotated = rotate_tiles(x, weights.signs, weights.block, len(x), False, gpu)
+    tokens, x = len(x), x.contiguous()
+    if not plan.block:
+        x = rotate_tiles(x, weights.signs, weights.block, tokens, False, gpu)
     y = torch.empty(pairs, rows, dtype=x.dtype, device=x.device)
     grid = min(gpu.multiprocessors, plan.limit(task) * plan.units(task))
     sums = grid * plan.wr * 64 * plan.at_once
     own = torch.empty(sums, dtype=torch.float32, device=x.device)
     table = device_table(trellis, x.device, x.dtype)
-    tensors = (weights.codes, rotated, order, by_expert, table, weights.scale, y, gpu.exchange(sums), own)
+    tensors = (weights.codes, x, weights.signs, order, by_expert, table, weights.scale, y, gpu.exchange(sums), own)
     words = by_expert.element_size() // 4
-    sizes = (words, plan.limit(task), pairs, experts, len(x), rows, row_tiles, col_tiles)
+    sizes = (words, plan.limit(task), pairs, experts, tokens, rows, row_tiles, col_tiles)
     gpu.launch(plan.source, "experts", grid, 32 * plan.warps, plan.shared(task), *tensors, *sizes)
     return y

@@ -4,8 +4,7 @@
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
 // have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
 // always adds up in the same order.
-// Macros, besides those of units.cuh: BLOCK (width of the rotation, for one token; 0: x comes rotated, in tiles).
-static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
+// Macros: those of one_token.cuh.
 
 // A warp's tiles, unit after unit.
 struct Cursor {
@@ -39,43 +38,6 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
   for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy16_async(to + i, from + i);
   commit_async();
 }
-#if BLOCK
-// One token into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
-// up to `end`; both are whole blocks of the rotation. scratch: SCRATCH floats.
-__device__ __forceinline__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int chunks, int first, int end) {
-  constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
-  static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
-  auto chunk_of = [&](int at) { return at < chunks - first ? first + at : at - (chunks - first); };
-  #pragma unroll 1
-  for (int start = 0; start < count; start += AT_ONCE) {
-    if (warp < AT_ONCE && start + warp < count) {
-      float v[8];
-      load_signed(v, x, signs, chunk_of(start + warp) * 256 + 8 * lane);
-      hadamard256(v, lane);
-      leave(v, scratch + 256 * warp, lane);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += THREADS) {
-      float v[CHUNKS];
-      gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
-      u16* const to = xs + chunk_of(start + i / 256 * CHUNKS) * 256 + i % 256;
-      #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * rsqrtf((float)BLOCK));
-    }
-    __syncthreads();
-  }
-}
-// The columns that a run of units needs.
-__device__ __forceinline__ void rotate_for(const Work& work, int begin, int end, u16* xs, float* scratch, const u16* x, const u8* signs, int cols) {
-  constexpr int CHUNKS = BLOCK / 256;
-  const int from = begin % work.per_row, length = end - begin, chunks = cols / 256;
-  const int first = from * WK * 64 / BLOCK * CHUNKS;
-  const int past = (min(from + length, work.per_row) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;  // of the first row
-  const int wrapped = (max(from + length - work.per_row, 0) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;
-  rotate(xs, scratch, x, signs, min(past, chunks), first, wrapped);
-}
-#endif
 
 // ---- sums ----
 

@@ -3,7 +3,7 @@
 // What is multiplied is as tall as all segments' matrices, one above the other (pairs.cuh: an expert and up to CAP of its pairs).
 // Its units in row-major order are cut into as many runs as there are blocks, as in decode.cu, but by the blocks themselves:
 // nobody else knows how many segments there are. Blocks beyond the units leave at once.
-// Macros: those of units.cuh and pairs.cuh, and TOP_K: pair p has row p / TOP_K of x.
+// Macros: those of one_token.cuh and pairs.cuh, and TOP_K: pair p has row p / TOP_K of x.
 
 // A warp's tiles, unit after unit.
 struct Cursor {
@@ -49,20 +49,21 @@ struct Output {
   }
 };
 
-// x rotated, in tiles [column tiles][tokens][72]. order: pairs by expert, by_expert: where each expert's end (SORTED); else
+// x: [cols] where BLOCK > 0, for pairs of one token; else [column tiles][tokens][72]. order: pairs by expert, by_expert: where each expert's end (SORTED); else
 // by_expert: of each pair its expert, in `words` words. limit: segments that there may be. handed, own: [grid][CAP][ROWS];
 // handed is EMPTY, and is so again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-experts(const u8* codes, const u16* x, const int* order, const int* by_expert, const u32* table, const void* scale, u16* y, float* handed,
+experts(const u8* codes, const u16* x, const u8* signs, const int* order, const int* by_expert, const u32* table, const void* scale, u16* y, float* handed,
         float* own, int words, int limit, int count, int of_experts, int tokens, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(128) u8 memory[];
   constexpr int STAGE = WK * CAP * X_STRIDE * 2, NEXT_STAGE = SPREAD ? 2 * HOLE : STAGE, SLOT = ROWS * CAP;
+  const int x_end = !BLOCK ? NEXT_STAGE + STAGE : SPREAD ? NEXT_STAGE : col_tiles * 64 * 2;
   let_next_start();
   if (refuses(memory, y, (size_t)count * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
   float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums
   u8* const xs = SPREAD ? memory + 3 * HOLE : (u8*)(sums + WARPS * 8 * 64);
-  const Pairs pairs(xs + NEXT_STAGE + STAGE, order, by_expert, words, limit, count, of_experts);
+  const Pairs pairs(xs + x_end, order, by_expert, words, limit, count, of_experts);
   fill_table(memory, table, THREADS);
   wait_for_previous();
   if (warp == 0) pairs.find(count, of_experts);
@@ -81,6 +82,11 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
   bool is_tile = ahead.is_tile(work);
   if (is_tile) load_codes(now, ahead.tile, lane);
   ahead.advance(work, pairs.segments, codes);
+  const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
+  int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
+#if BLOCK
+  rotate_for(work, begin, end, (u16*)xs, sums, x, signs, col_tiles * 64);
+#else
   auto stage = [&](int unit, int segment, int col) {  // x of a unit on its way to shared memory
     const Segment& s = pairs.segments[segment];
     u8* const to = xs + (unit - begin) % 2 * NEXT_STAGE;
@@ -93,10 +99,9 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
     }
     commit_async();
   };
-
-  const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
-  int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
   stage(begin, segment, ku * WK);
+#endif
+
   const u32 copy = own_copy();
   float acc[4][NT][4];
   #pragma unroll
@@ -107,6 +112,9 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
     const Segment& s = pairs.segments[segment];
     const bool last_group = group + 1 == groups;
     for (const int stop = min(end, unit - ku + per_row); unit < stop; ++unit, ++ku) {
+#if BLOCK
+      const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
+#else
       wait_async();
       __syncthreads();
       if (unit + 1 < end) {
@@ -115,6 +123,7 @@ experts(const u8* codes, const u16* x, const int* order, const int* by_expert, c
       }
       const int slot = NT == 1 ? min(g, s.count - 1) : g;
       const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * NEXT_STAGE) + (wk * CAP + slot) * X_STRIDE + 16 * t;
+#endif
       const bool more = ahead.is_tile(work);
       if (is_tile) tile_product(acc, now, mine, copy, [&](int step) { if (more) load_used(now, ahead.tile, lane, step); });
       else if (more) load_codes(now, ahead.tile, lane);
