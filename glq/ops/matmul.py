@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -98,14 +99,14 @@ def try_out(
     multiply: Callable[[Tensor, PackedLinear], Tensor], device: torch.device, codec: str, tokens: tuple[int, ...]
 ) -> None:
     """Compile, run and check small products in fp16. GlqError if one is wrong; what CUDA raises if there is none."""
-    rows, cols = 100, 256
-    codes = torch.arange(math.prod(shape := packed_shapes(codec, rows, cols)["codes"])).to(torch.uint8).view(shape)
-    scale, signs = torch.linspace(0.5, 2, rows).half(), torch.full((cols // 8,), 0x5A, dtype=torch.uint8)
-    on_device = PackedLinear(codec, rows, cols, cols, codes.to(device), scale.to(device), signs.to(device))
-    for count in tokens:
+    rows = 100
+    for cols, count in product((256, 192), tokens):  # a power of two and a multiple of three: rotations differ
+        codes = torch.arange(math.prod(shape := packed_shapes(codec, rows, cols)["codes"])).to(torch.uint8).view(shape)
+        scale, signs = torch.linspace(0.5, 2, rows).half(), torch.full((cols // 8,), 0x5A, dtype=torch.uint8)
         x = torch.linspace(-1, 1, count * cols).view(count, cols)
         expected = matmul_reference(x, codes, scale, signs, codec, rows, cols)
-        y = multiply(x.to(device).half(), on_device).float().cpu()
+        weight = PackedLinear(codec, rows, cols, cols, codes.to(device), scale.to(device), signs.to(device))
+        y = multiply(x.to(device).half(), weight).float().cpu()
         if not torch.allclose(y, expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
             raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
 

@@ -9,7 +9,7 @@ static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the 
 // ---- the table, in shared memory ----
 
 // Where dynamic shared memory begins, if there is no other: from sm_90 on the driver has what is before. Known to the compiler, it costs
-// nothing in the address of an entry. Should a GPU have it elsewhere, everything is NaN, which try_out sees.
+// nothing in the address of an entry. Should a GPU have it elsewhere, everything is NaN, which matmul.try_out sees.
 static constexpr u32 TABLE_AT = __CUDA_ARCH__ >= 900 ? 1024 : 0;
 __device__ __forceinline__ bool refuses(const u8* memory, u16* out, size_t count) {
   if (shared_address(memory) == TABLE_AT) return false;
