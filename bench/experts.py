@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from kernels import read_rate, time_graph
+from kernels import heading, read_rate, time_graph
 from torch import Tensor
 
 from glq.codecs import CODECS
@@ -151,7 +151,7 @@ def measure(
 
 def table(rows: list[Row], rate: float) -> str:
     lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; the card reads {rate / 1e6:.2f} TB/s",
+        heading(rate),
         "",
         "| codec | experts | tokens | out × in | in use | µs | ÷ floor | bf16 µs | × bf16 | error |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -128,9 +128,13 @@ def measure(codec: str, tokens: int, shape: tuple[int, int], rate: float, bf16: 
     return Row(codec, tokens, *shape, us, stored / rate, bf16, error)
 
 
+def heading(rate: float) -> str:
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}; the card reads {rate / 1e6:.2f} TB/s"
+
+
 def table(rows: list[Row], rate: float) -> str:
     lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; the card reads {rate / 1e6:.2f} TB/s",
+        heading(rate),
         "",
         "| codec | tokens | out × in | µs | ÷ floor | bf16 µs | × bf16 | error |",
         "|---|---|---|---|---|---|---|---|",

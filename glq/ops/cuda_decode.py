@@ -10,7 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import HOLE, SCALES, device_table, index_bits, spread, table_bytes, table_macros
+from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
 from glq.packed import PackedLinear
 
 
@@ -60,17 +60,18 @@ class Plan:
 
     @property
     def source(self) -> nvrtc.Source:
-        macros = {
-            **table_macros(self.codec, self.copies),
-            "NT": self.token_tiles,
-            "WR": self.wr,
-            "WK": self.wk,
-            "BF16": int(self.dtype == torch.bfloat16),
-            "SCALE": SCALES[self.scale],
-            "BLOCK": self.block,
-        }
+        defined = macros(
+            self.codec,
+            self.copies,
+            self.dtype,
+            self.scale,
+            NT=self.token_tiles,
+            WR=self.wr,
+            WK=self.wk,
+            BLOCK=self.block,
+        )
         parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), tuple(macros.items()))
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)
 
 
 def max_tokens(arch: int) -> int:
@@ -95,7 +96,7 @@ def make_plan(
     """
     few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
     width = block if tokens == 1 and by_warps(block) else 0
-    copies_of_table = [min(32, 256 * size >> index_bits(codec)) for size in (128, 64, 32)]
+    copies_of_table = [copies_in(codec, size) for size in (128, 64, 32)]
     shapes = ((2, 8), (2, 4)) if tokens <= 16 else ((2, 4), (4, 2))
     candidates = [(*shape, copies) for copies in copies_of_table for shape in shapes]
     if few:

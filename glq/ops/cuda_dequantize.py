@@ -9,10 +9,10 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_rows
-from glq.ops.cuda_table import SCALES, device_table, index_bits, table_bytes, table_macros
+from glq.ops.cuda_table import copies_in, device_table, macros, table_bytes
 from glq.packed import PackedLinear
 
-_TABLE = 64 * 1024  # bytes of the table's copies
+_TABLE = 64  # KB of the table's copies
 _AT_ONCE = 1 << 26  # weights, 128 MiB of them
 _THREADS = 384
 
@@ -27,7 +27,7 @@ class Plan:
 
     @property
     def _copies(self) -> int:
-        return _TABLE // 4 >> index_bits(self.codec)
+        return copies_in(self.codec, _TABLE)
 
     @property
     def shared(self) -> int:
@@ -36,12 +36,8 @@ class Plan:
 
     @property
     def source(self) -> nvrtc.Source:
-        macros = {
-            **table_macros(self.codec, self._copies),
-            "BF16": int(self.dtype == torch.bfloat16),
-            "SCALE": SCALES[self.scale],
-        }
-        return nvrtc.Source(("ops/ptx.cuh", "ops/tiles.cuh", "ops/dequantize.cu"), tuple(macros.items()))
+        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/dequantize.cu")
+        return nvrtc.Source(files, macros(self.codec, self._copies, self.dtype, self.scale))
 
 
 def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> Tensor:

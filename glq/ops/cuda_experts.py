@@ -11,7 +11,7 @@ from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_decode import max_tokens
 from glq.ops.cuda_rotate import by_warps, rotate_tiles
-from glq.ops.cuda_table import HOLE, SCALES, device_table, index_bits, spread, table_bytes, table_macros
+from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.packed import PackedExperts
 
@@ -102,19 +102,20 @@ class Plan:
 
     @property
     def source(self) -> nvrtc.Source:
-        macros = {
-            **table_macros(self.codec, self.copies),
-            "NT": self.pair_tiles,
-            "WR": self.wr,
-            "WK": self.wk,
-            "BF16": int(self.dtype == torch.bfloat16),
-            "SCALE": SCALES[self.scale],
-            "TOP_K": self.top_k,
-            "SORTED": int(self.sorted),
-            "BLOCK": self.block,
-        }
+        defined = macros(
+            self.codec,
+            self.copies,
+            self.dtype,
+            self.scale,
+            NT=self.pair_tiles,
+            WR=self.wr,
+            WK=self.wk,
+            TOP_K=self.top_k,
+            SORTED=int(self.sorted),
+            BLOCK=self.block,
+        )
         parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token", "pairs")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), tuple(macros.items()))
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), defined)
 
 
 def make_plan(
@@ -128,8 +129,7 @@ def make_plan(
     by_torch = task.pairs >= _SORTED_FROM or task.experts > _MOST_EXPERTS
     few = pair_tiles == 1 or (pair_tiles == 2 and max_tokens(gpu.arch) == 64)  # else 16 warps lack registers
     shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if few else ((2, 4), (1, 8), (4, 2))
-    for table in (128, 64, 32):
-        copies = min(32, 256 * table >> index_bits(codec))
+    for copies in (copies_in(codec, size) for size in (128, 64, 32)):
         plans = [
             Plan(codec, dtype, scale, pair_tiles, wr, wk, copies, task.top_k, by_torch, width) for wr, wk in shapes
         ]

@@ -9,7 +9,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_tiles
-from glq.ops.cuda_table import HOLE, SCALES, device_table, spread, table_bytes, table_macros
+from glq.ops.cuda_table import HOLE, device_table, macros, spread, table_bytes
 from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
@@ -63,17 +63,18 @@ class Plan:
 
     @property
     def source(self) -> nvrtc.Source:
-        macros = {
-            **table_macros(self.codec, self.copies),
-            "BF16": int(self.dtype == torch.bfloat16),
-            "SCALE": SCALES[self.scale],
-            "TOKENS": self.shape.tokens,
-            "WARPGROUPS": self.shape.warpgroups,
-            "DECODERS": self.shape.decoders,
-            "STAGES": self.stages,
-        }
+        defined = macros(
+            self.codec,
+            self.copies,
+            self.dtype,
+            self.scale,
+            TOKENS=self.shape.tokens,
+            WARPGROUPS=self.shape.warpgroups,
+            DECODERS=self.shape.decoders,
+            STAGES=self.stages,
+        )
         files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/steps.cuh", "ops/wgmma.cuh", "ops/exchange.cuh", "ops/prefill.cu")
-        return nvrtc.Source(files, tuple(macros.items()), of_one_arch=True)
+        return nvrtc.Source(files, defined, of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:
         """Of y."""

@@ -39,39 +39,6 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
   commit_async();
 }
 
-// ---- sums ----
-
-struct Output {
-  u16* y;
-  const void* scale;
-  int tokens, rows;
-
-  __device__ __forceinline__ void put(int token, int row, float sum) const {
-    if (row < rows) y[(size_t)token * rows + row] = to16(sum * load_scale(scale, row));
-  }
-  __device__ __forceinline__ void put4(int token, int row, float4 sum) const {
-    put(token, row, sum.x);
-    put(token, row + 1, sum.y);
-    put(token, row + 2, sum.z);
-    put(token, row + 3, sum.w);
-  }
-};
-
-// Of a group of rows: what blocks from `first` on handed over, and own sums.
-__device__ __forceinline__ void finish(const Output& out, int group, float* handed, const float* own, int first) {
-  const int slot = ROWS * out.tokens;
-  for (int i = 4 * threadIdx.x; i < slot; i += 4 * THREADS) {  // as take_sums gives them to the threads
-    float4 sum = {0, 0, 0, 0};
-    for (int b = first; b < blockIdx.x; ++b) {
-      float4 part[1];
-      take_over(part, handed + b * slot + i, 0);
-      add(sum, part[0]);
-    }
-    add(sum, *(const float4*)(own + i));
-    out.put4(i / ROWS, group * ROWS + i % ROWS, sum);
-  }
-}
-
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -82,7 +49,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
   const Work work{row_tiles, col_tiles, (col_tiles + WK - 1) / WK, length, longer};
-  const Output out{y, scale, tokens, rows};
+  auto put = [&](int token, int row, float4 sum) { put_rows(y + (size_t)token * rows, scale, 0, row, rows, sum); };
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), slot = ROWS * tokens;
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
   float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums; scratch of the rotation
@@ -134,9 +101,10 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
     take_sums(acc, sums, tokens, warp, [&](int token, int row, float4 sum) {
       const int at = blockIdx.x * slot + token * ROWS + row;
       if (!ends) hand_over(handed + at, sum);
-      else if (begins) out.put4(token, group * ROWS + row, sum);
+      else if (begins) put(token, group * ROWS + row, sum);
       else *(float4*)(own + at) = sum;
     });
   }
-  if (later) finish(out, head, handed, own + blockIdx.x * slot, shared_from);
+  if (later)
+    take_parts(handed, own + blockIdx.x * slot, slot, tokens, shared_from, [&](int token, int row, float4 sum) { put(token, head * ROWS + row, sum); });
 }

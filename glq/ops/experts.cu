@@ -36,19 +36,6 @@ struct Cursor {
   }
 };
 
-struct Output {
-  u16* y;
-  const void* scale;  // [experts, rows]
-  int rows;
-
-  __device__ __forceinline__ void put4(const Pairs& pairs, const Segment& s, int slot, int row, float4 sum) const {
-    const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    u16* const to = y + (size_t)pairs.of(s, slot) * rows + row;
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) if (row + i < rows) to[i] = to16(v[i] * load_scale(scale, s.expert * rows + row + i));
-  }
-};
-
 // x: [cols] where BLOCK > 0, for pairs of one token; else [column tiles][tokens][72]. order: pairs by expert, by_expert: where each expert's end (SORTED); else
 // by_expert: of each pair its expert, in `words` words. limit: segments that there may be. handed, own: [grid][CAP][ROWS];
 // handed is EMPTY, and is so again at the end.
@@ -74,7 +61,9 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
 
   const int groups = (row_tiles + WR - 1) / WR, per_row = (col_tiles + WK - 1) / WK, units = *pairs.total * groups * per_row;
   const Work work{row_tiles, col_tiles, per_row, units / (int)gridDim.x, units % (int)gridDim.x};
-  const Output out{y, scale, rows};
+  auto put = [&](const Segment& s, int slot, int row, float4 sum) {
+    put_rows(y + (size_t)pairs.of(s, slot) * rows, scale, s.expert * rows, row, rows, sum);
+  };
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
   if (begin == end) return;
   Cursor ahead(work, pairs.segments, codes, begin, end, groups, wr, wk);
@@ -135,7 +124,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
     take_sums(acc, sums, s.count, warp, [&](int slot, int row, float4 sum) {
       const int at = blockIdx.x * SLOT + slot * ROWS + row;
       if (!ends) hand_over(handed + at, sum);
-      else if (begins) out.put4(pairs, s, slot, group * ROWS + row, sum);
+      else if (begins) put(s, slot, group * ROWS + row, sum);
       else *(float4*)(own + at) = sum;
     });
     group = last_group ? 0 : group + 1;
@@ -144,14 +133,6 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   if (!later) return;
   const int head_group = head % groups;  // again: kept, it would take registers from the products
   const Segment& s = pairs.segments[head / groups];
-  for (int i = 4 * threadIdx.x; i < ROWS * s.count; i += 4 * THREADS) {
-    float4 sum = {0, 0, 0, 0};
-    for (int b = shared_from; b < blockIdx.x; ++b) {
-      float4 part[1];
-      take_over(part, handed + b * SLOT + i, 0);
-      add(sum, part[0]);
-    }
-    add(sum, *(const float4*)(own + blockIdx.x * SLOT + i));
-    out.put4(pairs, s, i / ROWS, head_group * ROWS + i % ROWS, sum);
-  }
+  take_parts(handed, own + blockIdx.x * SLOT, SLOT, s.count, shared_from,
+             [&](int slot, int row, float4 sum) { put(s, slot, head_group * ROWS + row, sum); });
 }

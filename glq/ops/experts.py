@@ -67,12 +67,11 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    triton = has_triton_kernel(x.device, weights.codec)
-    if triton and grouped.applies(x, weights, len(expert_of)):
+    if grouped.applies(x, weights, len(expert_of)) and has_triton_kernel(x.device, weights.codec):
         return grouped.matmul(x, weights, expert_of, top_k)
     if has_cuda_kernel(x, weights.codec):
         return cuda_experts.matmul(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
-    if not triton:
+    if not has_triton_kernel(x.device, weights.codec):
         return experts_reference(x, weights, expert_of, top_k)
     from glq.ops import triton_experts
 

@@ -6,7 +6,7 @@
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128, 192 or 256), WARPGROUPS, DECODERS (warps, by fours),
+// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128 or 256), WARPGROUPS, DECODERS (warps, by fours),
 // STAGES.
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;

@@ -34,7 +34,7 @@ struct Step {
   __device__ __forceinline__ void decode(u8* to, const u32* loaded, u32 copy) const {
     u32 r[WORDS + 1], ends[2], v[4][4];
     #pragma unroll
-    for (int i = 0; i < WORDS; ++i) r[i] = LOADED > WORDS || CODE_BITS % 16 ? __funnelshift_r(loaded[i], loaded[min(i + 1, LOADED - 1)], shift) : loaded[i];
+    for (int i = 0; i < WORDS; ++i) r[i] = CODE_BITS % 16 ? __funnelshift_r(loaded[i], loaded[min(i + 1, LOADED - 1)], shift) : loaded[i];
     ends_of(ends, r, 0);
     #pragma unroll
     for (int m = 0; m < 4; ++m)

@@ -5,18 +5,16 @@ What triton_matmul.py says of waiting and of CUDA graphs holds here, too.
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.ops.triton_experts_kernel import experts_kernel
-from glq.ops.triton_matmul import rotate_apart
+from glq.ops.triton_matmul import TYPES, rotate_apart
 from glq.ops.triton_tables import decoder, decoding_table
 from glq.packed import PackedExperts
 
 _EACH = 32  # pairs up to which each is multiplied for itself, which needs no sorting; to be measured
 _AT_ONCE = (16, 32, 64)  # pairs of an expert otherwise: the first that is twice the average
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def matmul(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
@@ -47,7 +45,7 @@ def matmul(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> 
             top_k,
             PAIRS=at_once,
             EXPERTS=triton.next_power_of_2(experts),
-            DTYPE=_TYPES[values],
+            DTYPE=TYPES[values],
             **decoder(weights.codec).constants,
             num_warps=4,
             num_stages=1,

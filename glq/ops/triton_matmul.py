@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glq.codecs import get_codec
+from glq.codecs.packing import tile_rows
 from glq.ops.triton_kernels import add_parts_kernel, dequantize_kernel, multiply_kernel, rotate_kernel
 from glq.ops.triton_tables import decoder, decoding_table, hadamard_factors, multiprocessors
 
@@ -22,7 +24,7 @@ _ROTATE_WARPS = 8  # with 4, its fp32 products of 64 columns spill registers
 _STAGES = 1  # the kernel fetches codes ahead itself; Triton's pipeliner would put the tables' gathers in its queue, too
 _PROGRAMS = 4  # wanted a multiprocessor, to hide the latency of loads
 _SUM_ROWS = 256
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
@@ -121,8 +123,7 @@ def _multiply(
     row_tiles, col_tiles, _ = codes.shape
     parts = parts or parts_of_a_row(row_tiles, col_tiles, tokens, multiprocessors(x.device))
     values = torch.float32 if tokens == 1 else x.dtype  # one token needs no tensor cores, and so no rounding for them
-    constants = decoder(codec)
-    padded_rows = row_tiles * constants.rows
+    padded_rows = row_tiles * tile_rows(get_codec(codec).group)
     partial = x.new_empty(parts, tokens, padded_rows, dtype=torch.float32) if parts > 1 else y
     multiply_kernel[(row_tiles, parts)](
         codes.contiguous().view(torch.uint32),
@@ -138,8 +139,8 @@ def _multiply(
         parts,
         TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
         WHOLE=parts == 1,
-        DTYPE=_TYPES[values],
-        **constants.constants,
+        DTYPE=TYPES[values],
+        **decoder(codec).constants,
         num_warps=_WARPS,
         num_stages=_STAGES,
     )

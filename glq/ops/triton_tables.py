@@ -31,11 +31,6 @@ class Decoder:
     def constants(self) -> dict[str, str | int]:
         return asdict(self)
 
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return 64 if self.FAMILY == "trellis" else 32
-
 
 @cache
 def decoder(codec: str) -> Decoder:

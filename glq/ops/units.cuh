@@ -1,6 +1,6 @@
 // What the kernels for few tokens have in common (decode.cu, experts.cu): runs of units, a warp's product with its tile, sums
 // over the warps of a block.
-// Macros, besides those of tiles.cuh: NT (8 tokens each), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
+// Macros, besides those of exchange.cuh and tiles.cuh: NT (8 tokens each), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
 static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
@@ -70,4 +70,23 @@ template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT]
     }
     __syncthreads();
   }
+}
+// The same of what blocks from `first` on handed over, `slot` floats each, and own sums.
+template <typename F> __device__ __forceinline__ void take_parts(float* handed, const float* own, int slot, int tokens, int first, F put) {
+  for (int i = 4 * threadIdx.x; i < ROWS * tokens; i += 4 * THREADS) {  // as take_sums gives them to the threads
+    float4 sum = {0, 0, 0, 0};
+    for (int b = first; b < blockIdx.x; ++b) {
+      float4 part[1];
+      take_over(part, handed + b * slot + i, 0);
+      add(sum, part[0]);
+    }
+    add(sum, *(const float4*)(own + i));
+    put(i / ROWS, i % ROWS, sum);
+  }
+}
+// Four rows' sums, scaled, to y of one token; scales: where those of the matrix begin.
+__device__ __forceinline__ void put_rows(u16* y, const void* scale, int scales, int row, int rows, float4 sum) {
+  const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) if (row + i < rows) y[row + i] = to16(v[i] * load_scale(scale, scales + row + i));
 }

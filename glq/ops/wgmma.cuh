@@ -75,10 +75,6 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3
 #define GLQ_INPUTS "%64, %65"
 #define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32)
-#elif TOKENS == 192
-#define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5
-#define GLQ_INPUTS "%96, %97"
-#define GLQ_D(d) GLQ_D32(d, 0), GLQ_D32(d, 32), GLQ_D32(d, 64)
 #else
 #define GLQ_SUMS GLQ_R0 "," GLQ_R1 "," GLQ_R2 "," GLQ_R3 "," GLQ_R4 "," GLQ_R5 "," GLQ_R6 "," GLQ_R7
 #define GLQ_INPUTS "%128, %129"
