@@ -26,6 +26,7 @@ class Plan:
     wk: int  # column tiles of a unit
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
+    far: int = 4  # units whose codes are requested into the L2 cache ahead of their loads
 
     @property
     def token_tiles(self) -> int:
@@ -69,6 +70,7 @@ class Plan:
             WR=self.wr,
             WK=self.wk,
             BLOCK=self.block,
+            FAR=self.far,
         )
         parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)

@@ -4,7 +4,7 @@
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
 // have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
 // always adds up in the same order.
-// Macros: those of one_token.cuh.
+// Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads).
 
 // A warp's tiles, unit after unit.
 struct Cursor {
@@ -60,6 +60,13 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   bool is_tile = ahead.is_tile(work);
   if (is_tile) load_codes(now, ahead.tile, lane);
   ahead.advance(work);
+  Cursor far = ahead;
+  auto request_far = [&] {
+    if (FAR && far.is_tile(work) && lane < TILE_BYTES / 128) request_to_l2(far.tile + 128 * lane);
+    far.advance(work);
+  };
+  #pragma unroll 1
+  for (int i = 0; i < FAR; ++i) request_far();
   fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
@@ -95,6 +102,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
       else if (more) load_codes(now, ahead.tile, lane);
       is_tile = more;
       ahead.advance(work);
+      if (FAR) request_far();
     }
     const bool ends = ku == work.per_row, begins = group > head || shared_from == blockIdx.x;
     later |= ends && !begins;

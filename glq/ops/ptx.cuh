@@ -28,6 +28,7 @@ __device__ __forceinline__ void load8(u32* r, const u8* p) {
 __device__ __forceinline__ void load16(u32* r, const u8* p) {
   asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
+__device__ __forceinline__ void request_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }  // 128 bytes
 __device__ __forceinline__ void copy16_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

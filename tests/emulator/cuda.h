@@ -100,6 +100,7 @@ static u32 load_shared(u32 at) {
 static void load4(u32* r, const u8* p) { std::memcpy(r, p, 4); }
 static void load8(u32* r, const u8* p) { std::memcpy(r, p, 8); }
 static void load16(u32* r, const u8* p) { std::memcpy(r, p, 16); }
+static void request_to_l2(const void*) {}
 static void copy16_async(void* to, const void* from) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail("copy of 16 bytes out of place");
   std::memcpy(to, from, 16);
