@@ -1,6 +1,6 @@
 """Time of a quantized product beside cuBLAS bf16 and beside what reading its bytes takes, on one GPU.
 
-    python bench/kernels.py OUT [--codecs trellis-4 …] [--tokens 1 8 …] [--shapes 4096x4096 …]
+    python bench/kernels.py OUT [--codecs trellis-4 …] [--tokens 1 8 …] [--shapes 4096x4096 …] [--triton]
 
 Every result is checked first. A time is the median over replays of a CUDA graph that goes through as many copies of the
 matrix as fill the L2 cache several times, so each is read from memory; rotation of x included. The floor is bytes
@@ -167,16 +167,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--codecs", nargs="*", choices=list(CODECS), default=[DEFAULT_CODECS[b] for b in (2, 3, 4)])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--triton", action="store_true", help="Triton's kernels, which other codecs and GPUs take")
     parser.add_argument("--shapes", nargs="*", default=[f"{rows}x{cols}" for rows, cols in SHAPES])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     shapes = [(int(rows), int(cols)) for rows, _, cols in (s.partition("x") for s in args.shapes)]
+    op = matmul
+    if args.triton:
+        from glq.ops.triton_matmul import matmul as op
     rate = read_rate()
     rows: list[Row] = []
     for tokens in args.tokens:
         for shape in shapes:
             bf16 = bf16_time(tokens, *shape)
-            rows += [measure(codec, tokens, shape, rate, bf16) for codec in args.codecs]
+            rows += [measure(codec, tokens, shape, rate, bf16, op) for codec in args.codecs]
             print(table(rows[-len(args.codecs) :], rate).splitlines()[-len(args.codecs) :], flush=True)
             (args.out / "kernels.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
             (args.out / "kernels.md").write_text(table(rows, rate), encoding="utf-8")

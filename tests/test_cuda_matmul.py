@@ -190,7 +190,7 @@ def test_dequantize_fits_every_architecture():
 
 
 @emulated
-@pytest.mark.parametrize("block", [256, 512, 1024, 2048, 96, 75])
+@pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
 @pytest.mark.parametrize("for_wgmma", [False, True])
 def test_rotation(block, for_wgmma):
     x = torch.randn(11, 2 * block).bfloat16()

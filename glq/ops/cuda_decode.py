@@ -1,6 +1,7 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ class Plan:
     wk: int  # column tiles of a unit
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
-    far: int = 4  # units whose codes are requested into the L2 cache ahead of their loads
 
     @property
     def token_tiles(self) -> int:
@@ -46,6 +46,11 @@ class Plan:
         sums, x = self._parts(cols)
         table = table_bytes(self.codec, self.copies)
         return table if spread(self.codec, self.copies) else table + sums + x
+
+    @property
+    def far(self) -> int:
+        """Units whose codes are requested into the L2 cache ahead of their loads: where codes are what it waits for."""
+        return 2 if self.tokens == 1 and self.copies == 32 else 0
 
     def fits(self, cols: int, gpu: nvrtc.Launcher) -> bool:
         sums, x = self._parts(cols)
@@ -93,18 +98,14 @@ def make_plan(
     """What was fastest on an H100 for a matrix of so many row and column tiles (docs/benchmarks.md).
 
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
-    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them,
-    and for many tokens leave room for the next rotation to start.
+    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
     """
     few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
     width = block if tokens == 1 and by_warps(block) else 0
-    copies_of_table = [copies_in(codec, size) for size in (128, 64, 32)]
-    shapes = ((2, 8), (2, 4)) if tokens <= 16 else ((2, 4), (4, 2))
-    candidates = [(*shape, copies) for copies in copies_of_table for shape in shapes]
+    shapes = [(2, 8), (2, 4)] if tokens <= 16 else [(2, 4), (4, 2)]
     if few:
-        room = [copies for copies in copies_of_table if tokens <= 8 or not spread(codec, copies)]
-        candidates = [(1, 16 if tokens <= 8 else 8, copies) for copies in room] + candidates
-    for wr, wk, copies in candidates:
+        shapes.insert(0, (1, 16 if tokens <= 8 else 8))
+    for copies, (wr, wk) in product((copies_in(codec, size) for size in (128, 64, 32)), shapes):
         plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width)
         if plan.fits(64 * tiles[1], gpu):
             return plan

@@ -14,6 +14,7 @@ from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
 _SHARED = 227 * 1024  # bytes of shared memory of a block
+_ROTATION = 3 * 1024  # of them that the next rotation takes
 _BARRIERS = 256  # bytes
 
 
@@ -24,9 +25,11 @@ class Shape:
     tokens: int  # of a tile of y
     warpgroups: int  # that multiply 64 rows each
     decoders: int  # warps, by fours
+    room: int = 0  # threads beside them that registers are left for
 
 
 _SHAPES = (Shape(32, 2, 16), Shape(64, 2, 16), Shape(128, 2, 12))  # what was fastest on an H100 (docs/benchmarks.md)
+_WITH_ROOM = {32: Shape(32, 2, 16, 128), 64: Shape(64, 2, 12, 128)}  # the same, for matrices that are not wide
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Plan:
     def shared(self) -> int:
         """Bytes of shared memory a block. The stages lie in the holes of a table that has some."""
         table = table_bytes(self.codec, self.copies)
-        return table + _BARRIERS + (0 if spread(self.codec, self.copies) else self.stages * self.stage)
+        if not spread(self.codec, self.copies):
+            return table + self.stages * self.stage + _BARRIERS
+        return table if HOLE % self.stage >= _BARRIERS else table + _BARRIERS
 
     @property
     def source(self) -> nvrtc.Source:
@@ -72,6 +77,7 @@ class Plan:
             WARPGROUPS=self.shape.warpgroups,
             DECODERS=self.shape.decoders,
             STAGES=self.stages,
+            ROOM=self.shape.room,
         )
         files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/steps.cuh", "ops/wgmma.cuh", "ops/exchange.cuh", "ops/prefill.cu")
         return nvrtc.Source(files, defined, of_one_arch=True)
@@ -94,8 +100,13 @@ def make_plan(
     in_features: int,
     multiprocessors: int,
 ) -> Plan:
-    """The smallest tile of y that has all tokens. As many blocks for each as leave few multiprocessors without one."""
+    """The smallest tile of y that has all tokens. As many blocks for each as leave few multiprocessors without one.
+
+    Room for the next rotation pays off with few tokens, unless the table is small and the matrix wide.
+    """
     shape = next((s for s in _SHAPES if tokens <= s.tokens), _SHAPES[-1])
+    if in_features <= out_features or not codec.signed_lookup:
+        shape = _WITH_ROOM.get(shape.tokens, shape)
     plan = fill(codec, dtype, scale, shape)
     tiles, col_tiles = plan.tiles(tokens, out_features), -(-in_features // 64)
     even = min(multiprocessors // tiles, col_tiles) * tiles
@@ -104,14 +115,15 @@ def make_plan(
 
 def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape) -> Plan:
     """As many copies of the table as leave room for three stages, then as many stages as there is room for."""
+    most = _SHARED - (_ROTATION if shape.room else 0)
     for copies in (32, 16, 8, 4):
         plan = Plan(codec, dtype, scale, shape, copies, 3, 1)
         if spread(codec, copies):
             if plan.stage <= HOLE:
                 return replace(plan, stages=min(8, 3 * (HOLE // plan.stage)))
-        elif plan.shared <= _SHARED:
+        elif plan.shared <= most:
             break
-    return replace(plan, stages=min(8, 3 + (_SHARED - plan.shared) // plan.stage))
+    return replace(plan, stages=min(8, 3 + (most - plan.shared) // plan.stage))
 
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from glq import nvrtc
 from glq.rotation import hartley, odd_part
 
 _TILES, _WGMMA, _ROWS = range(3)  # macro LAYOUT
+_FEW = 256  # tokens
+_RESIDENT = 8  # blocks of threads on a multiprocessor for more
 
 
 def rotate_tiles(x: Tensor, signs: Tensor, block: int, held: int, for_wgmma: bool, gpu: nvrtc.Launcher) -> Tensor:
@@ -26,15 +28,23 @@ def _rotate(x: Tensor, signs: Tensor, block: int, out: Tensor, held: int, layout
     chunks = block // 256 if by_warps(block) else 1
     macros = {"BF16": int(x.dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout}
     source = nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/rotate.cu"), tuple(macros.items()))
-    grid, x, odd = (tokens, in_features // block), x.contiguous(), odd_part(block)
-    if by_warps(block):
-        gpu.launch(source, "rotate_chunks", grid, 32 * chunks, 0, x, signs, out, held, in_features)
+    x, blocks = x.contiguous(), in_features // block
+    if by_warps(block) and tokens <= _FEW:
+        gpu.launch(source, "rotate_chunks", (tokens, blocks), 32 * chunks, 0, x, signs, out, held, in_features)
+    elif by_warps(block):
+        at_once = 8 // chunks
+        groups = -(-tokens // at_once)
+        turns = -(-groups // max(1, _RESIDENT * gpu.multiprocessors // blocks))
+        grid, shared = (-(-groups // turns), blocks), 2 * 4 * at_once * block
+        gpu.launch(source, "rotate_many", grid, 128, shared, x, signs, out, held, in_features, tokens)
     else:
+        odd = odd_part(block)
         tensors = (x, signs, hartley(odd, torch.float32, x.device), out)
-        gpu.launch(source, "rotate_tiles", grid, 256, 8 * block, *tensors, held, in_features, block, odd)
+        sizes = (held, in_features, block, odd)
+        gpu.launch(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, *tensors, *sizes)
     return out
 
 
 def by_warps(block: int) -> bool:
     """Whether warps divide a block of the rotation: they transform 256 columns each."""
-    return odd_part(block) == 1 and 256 <= block <= 2048
+    return block % 256 == 0 and block <= 2048

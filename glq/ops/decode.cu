@@ -6,6 +6,9 @@
 // always adds up in the same order.
 // Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads).
 
+// Threads beside these that registers are left for: those of the next rotation, which can start early.
+static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK ? 32 : 0;
+
 // A warp's tiles, unit after unit.
 struct Cursor {
   const u8* tile;
@@ -41,7 +44,7 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
 
 // x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
 decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
        int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
   extern __shared__ __align__(128) u8 memory[];

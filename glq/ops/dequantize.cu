@@ -1,22 +1,23 @@
 // W = scale · V in 16 bits, V in trellis codes: for a product with very many tokens, whose x is rotated before.
 //
 // A warp decodes a tile of 64 × 64 after the other. Of each row a lane gets 32 bytes; lanes change halves of them by pairs, to
-// write whole sectors at once.
+// write whole lines at once.
 // Macros: those of tiles.cuh.
 
 static constexpr int THREADS = 384;
 
 __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
-  return to16(from16((u16)pair) * scale) | (u32)to16(from16((u16)(pair >> 16)) * scale) << 16;
+  return pack16(from16((u16)pair) * scale, from16((u16)(pair >> 16)) * scale);
 }
-// v: 32 bytes at `to`, of which the other lane of the pair writes the second half, or, if this is the odd one, the first.
-__device__ __forceinline__ void write_row(u16* to, const u32* v, bool odd) {
+// v: 32 bytes at `to`, of which the lane four before or after writes one half, and this one a half of its, in the row before or
+// after: a warp writes all of four rows at once.
+__device__ __forceinline__ void write_rows(u16* to, size_t row_length, const u32* v, bool odd) {
   u32 got[4];
   #pragma unroll
-  for (int i = 0; i < 4; ++i) got[i] = __shfl_sync(~0u, odd ? v[i] : v[i + 4], (threadIdx.x ^ 1) & 31);
-  uint4* const of_even = (uint4*)(odd ? to - 16 : to);
-  of_even[odd] = odd ? make_uint4(got[0], got[1], got[2], got[3]) : make_uint4(v[0], v[1], v[2], v[3]);
-  of_even[2 + odd] = odd ? make_uint4(v[4], v[5], v[6], v[7]) : make_uint4(got[0], got[1], got[2], got[3]);
+  for (int i = 0; i < 4; ++i) got[i] = __shfl_sync(~0u, odd ? v[i] : v[i + 4], (threadIdx.x ^ 4) & 31);
+  u16* const of_even = (odd ? to - row_length : to) + 8 * odd;
+  *(uint4*)of_even = odd ? make_uint4(got[0], got[1], got[2], got[3]) : make_uint4(v[0], v[1], v[2], v[3]);
+  *(uint4*)(of_even + row_length) = odd ? make_uint4(v[4], v[5], v[6], v[7]) : make_uint4(got[0], got[1], got[2], got[3]);
 }
 // codes [row tiles, column tiles, tile bytes]; out [64 · row tiles, 64 · col_tiles]; scale of the first `rows` rows.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -53,6 +54,6 @@ dequantize(const u8* codes, const u32* table, const void* scale, u16* out, int r
       if (more) load_used(r, next, lane, s);
     }
     #pragma unroll
-    for (int i = 0; i < 8; ++i) write_row(to + (size_t)i * 8 * col_tiles * 64, v[i], t % 2);
+    for (int i = 0; i < 8; ++i) write_rows(to + (size_t)i * 8 * col_tiles * 64, col_tiles * 64, v[i], g % 2);
   }
 }

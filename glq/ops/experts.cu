@@ -5,6 +5,9 @@
 // nobody else knows how many segments there are. Blocks beyond the units leave at once.
 // Macros: those of one_token.cuh and pairs.cuh, and TOP_K: pair p has row p / TOP_K of x.
 
+// Threads beside these that registers are left for: those of the next rotation, which can start early.
+static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT == 1 && !BLOCK ? 32 : 0;
+
 // A warp's tiles, unit after unit.
 struct Cursor {
   const u8* tile;
@@ -39,7 +42,7 @@ struct Cursor {
 // x: [cols] where BLOCK > 0, for pairs of one token; else [column tiles][tokens][72]. order: pairs by expert, by_expert: where each expert's end (SORTED); else
 // by_expert: of each pair its expert, in `words` words. limit: segments that there may be. handed, own: [grid][CAP][ROWS];
 // handed is EMPTY, and is so again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
 experts(const u8* codes, const u16* x, const u8* signs, const int* order, const int* by_expert, const u32* table, const void* scale, u16* y, float* handed,
         float* own, int words, int limit, int count, int of_experts, int tokens, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(128) u8 memory[];

@@ -19,8 +19,7 @@ from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 # Measured on an H100: docs/benchmarks.md
-_FEW, _SEVERAL = 16, 32  # tokens up to which mma.sync is faster than Hopper's wgmma: of every matrix, of small ones
-_SMALL = 4096 * 5120  # weights
+_FEW = 24  # tokens up to which mma.sync is faster than Hopper's wgmma
 _MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
@@ -70,7 +69,7 @@ def _nvrtc_works(device: torch.device) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _SEVERAL + 1, _MANY))
+        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, _MANY))
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
         return False
@@ -114,8 +113,7 @@ def try_out(
 def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor:
     """By the kernel that is fastest for so many tokens x [tokens, in]."""
     tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
-    few = _SEVERAL if weight.out_features * weight.in_features <= _SMALL else _FEW
-    if tokens <= (few if hopper else 64):
+    if tokens <= (_FEW if hopper else 64):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
     if hopper and tokens < _MANY:

@@ -25,7 +25,7 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const u16* x, co
       gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
       u16* const to = xs + chunk_of(start + i / 256 * CHUNKS) * 256 + i % 256;
       #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * rsqrtf((float)BLOCK));
+      for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * rsqrtf((float)(BLOCK / odd_part(CHUNKS))));
     }
     __syncthreads();
   }

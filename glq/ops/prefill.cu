@@ -7,7 +7,7 @@
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
 // Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128 or 256), WARPGROUPS, DECODERS (warps, by fours),
-// STAGES.
+// STAGES, ROOM (threads beside these that registers are left for).
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
@@ -32,13 +32,16 @@ __device__ __forceinline__ int own_run() { return gridDim.x - 1 - blockIdx.x; }
 struct Barriers {
   u64 full[STAGES], empty[STAGES];
 };
+static constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : 1;  // stages lie where the table has none of its entries
+static constexpr int BARRIERS_AT = !SPREAD                                  ? TABLE_BYTES + STAGES * STAGE_BYTES
+                                   : IN_HOLE * STAGE_BYTES + 256 <= HOLE ? 2 * HOLE - 256
+                                                                        : TABLE_BYTES;
 struct Ring {
   u8* memory;
   Barriers* barriers;
 
   __device__ __forceinline__ u8* at(int stage) const {
     if (!SPREAD) return memory + TABLE_BYTES + stage * STAGE_BYTES;
-    constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : 1;  // they lie where the table has none of its entries
     static_assert(!SPREAD || STAGES <= 3 * IN_HOLE, "the holes have room");
     return memory + (2 * (stage / IN_HOLE) + 1) * HOLE + stage % IN_HOLE * STAGE_BYTES;
   }
@@ -239,14 +242,14 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of place_of_step; codes, scale and y
 // as in decode.cu. handed: [grid][SLOT] EMPTY, which it is again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const Work work(row_tiles, col_tiles, padded / TOKENS);
-  const Ring ring{memory, (Barriers*)(memory + TABLE_BYTES + (SPREAD ? 0 : STAGES * STAGE_BYTES))};
+  const Ring ring{memory, (Barriers*)(memory + BARRIERS_AT)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(ring.barriers->full + i, MULTIPLIERS + 1);  // a job each, and x

@@ -53,12 +53,6 @@ __device__ __forceinline__ float from_half(u16 v) {
   return r;
 }
 __device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
-// Two in fp16, whatever x has.
-__device__ __forceinline__ u32 halves(float low, float high) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
 #if BF16
 __device__ __forceinline__ float from16(u16 v) { return from_bf16(v); }
 __device__ __forceinline__ u16 to16(float v) {
@@ -66,6 +60,7 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
+#define GLQ_PACK "cvt.rn.bf16x2.f32"
 #define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else
 __device__ __forceinline__ float from16(u16 v) { return from_half(v); }
@@ -74,8 +69,14 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
+#define GLQ_PACK "cvt.rn.f16x2.f32"
 #define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
+__device__ __forceinline__ u32 pack16(float low, float high) {
+  u32 r;
+  asm(GLQ_PACK " %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 // c [16, 8] += a [16, 16] · b [16, 8], each lane with its fragments.
 __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
   asm(GLQ_MMA " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -55,33 +55,38 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[place(col, token, held, tiles)] = 0;
 }
 
-// The same where width is 256 · CHUNKS, a power of two: one warp for 256 columns.
+static constexpr int WIDTH = 256 * CHUNKS;
+__device__ __forceinline__ float norm() { return rsqrtf((float)(WIDTH / odd_part(CHUNKS))); }
+
+// The same where width is 256 · CHUNKS: one warp for 256 columns. With 2 KB of shared memory and few registers, so that it starts where
+// the product ahead of it leaves a little room, and is there when that ends.
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS)
 rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
-  __shared__ __align__(16) float values[256 * CHUNKS];
+  __shared__ float2 values[CHUNKS][32];
   let_next_start();
-  const int token = blockIdx.x, start = blockIdx.y * 256 * CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int col = start + 256 * warp + 8 * lane;
+  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, col = blockIdx.y * WIDTH + 256 * warp + 8 * lane;
+  float factors[CHUNKS];
+  row_across<CHUNKS>(factors, warp);
   float v[8];
   wait_for_previous();
   load_signed(v, x + (size_t)token * cols, signs, col);
   hadamard256(v, lane);
-  if (CHUNKS > 1) {
-    leave(v, values + 256 * warp, lane);
-    __syncthreads();
-    for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
-      float w[CHUNKS];
-      gather<CHUNKS>(w, values + i);
-      #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) values[256 * c + i] = w[c];
-    }
-    __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    if (i > 0 && CHUNKS > 1) __syncthreads();
+    values[warp][lane] = make_float2(v[i], v[i + 1]);
+    if (CHUNKS > 1) __syncthreads();
+    v[i] = v[i + 1] = 0;
     #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = values[256 * warp + 8 * lane + i];
+    for (int c = 0; c < CHUNKS; ++c) {
+      const float2 two = values[c][lane];
+      v[i] += factors[c] * two.x;
+      v[i + 1] += factors[c] * two.y;
+    }
   }
   u32 pairs[4];
   #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = (u32)to16(v[2 * i] * rsqrtf(256.0f * CHUNKS)) | (u32)to16(v[2 * i + 1] * rsqrtf(256.0f * CHUNKS)) << 16;
+  for (int i = 0; i < 4; ++i) pairs[i] = pack16(v[2 * i] * norm(), v[2 * i + 1] * norm());
 #if LAYOUT == 1
   const bool late = lane / 2 % 2;  // lanes with the first and the second half of chunks change pairs, and write 16 bytes
   const u32 first = __shfl_sync(~0u, late ? pairs[0] : pairs[2], lane ^ 2), second = __shfl_sync(~0u, late ? pairs[1] : pairs[3], lane ^ 2);
@@ -91,4 +96,78 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
 #else
   *(uint4*)(out + place(col, token, held, cols / 64)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #endif
+}
+
+// The same for many tokens: three passes through shared memory, with 16 columns a thread. Blocks of threads take AT_ONCE tokens
+// after the other, whose x comes while those before are transformed. 2 · AT_ONCE · WIDTH floats of shared memory.
+static constexpr int LANES = 16 * CHUNKS, AT_ONCE = 128 / LANES;
+
+__device__ __forceinline__ void hadamard16(float* v) {
+  #pragma unroll
+  for (int h = 1; h < 16; h *= 2)
+    #pragma unroll
+    for (int i = 0; i < 16; ++i) if (!(i & h)) { const float a = v[i], b = v[i | h]; v[i] = a + b; v[i | h] = a - b; }
+}
+// Where a column lies in shared memory, so that in no pass two lanes want the same bank.
+__device__ __forceinline__ int swizzled(int col) {
+  const int q = col / 16, at = q ^ (q / 16 & 1);
+  return at * 16 + ((col / 4 ^ q / 2) & 3) * 4 + col % 4;
+}
+
+extern "C" __global__ void __launch_bounds__(128, 6)
+rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tokens) {
+  extern __shared__ __align__(128) float values[];
+  let_next_start();
+  const int slot = threadIdx.x / LANES, lane = threadIdx.x % LANES, start = blockIdx.y * WIDTH, step = gridDim.x * AT_ONCE;
+  const u32 negative = *(const u16*)(signs + (start + 16 * lane) / 8);
+  uint4 raw[2] = {};
+  auto request = [&](int token) {
+    if (slot >= AT_ONCE || token >= tokens) return;
+    const uint4* const from = (const uint4*)(x + (size_t)token * cols + start + 16 * lane);
+    raw[0] = from[0], raw[1] = from[1];
+  };
+  wait_for_previous();
+  request(blockIdx.x * AT_ONCE + slot);
+  #pragma unroll 1
+  for (int first = blockIdx.x * AT_ONCE, turn = 0; first < tokens; first += step, turn ^= 1) {
+    float* const now = values + turn * AT_ONCE * WIDTH, * const mine = now + slot * WIDTH;
+    float v[16];
+    if (slot < AT_ONCE) {
+      const u32 words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w, raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+      #pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float f = from16((u16)(words[i / 2] >> 16 * (i % 2)));
+        v[i] = negative >> i & 1 ? -f : f;
+      }
+      request(first + step + slot);
+      hadamard16(v);
+      #pragma unroll
+      for (int i = 0; i < 16; i += 4) *(float4*)(mine + swizzled(16 * lane + i)) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    }
+    __syncthreads();
+    if (slot < AT_ONCE) {
+      const int col = lane / 16 * 256 + lane % 16;
+      #pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = mine[swizzled(col + 16 * i)];
+      hadamard16(v);
+      #pragma unroll
+      for (int i = 0; i < 16; ++i) mine[swizzled(col + 16 * i)] = v[i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 128 * AT_ONCE; i += 128) {  // a thread has the same two columns of all chunks
+      const int token = first + i / 128, col = 2 * (i % 128);
+      if (token >= tokens) break;
+      float even[CHUNKS], odd[CHUNKS];
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) {
+        const float2 two = *(const float2*)(now + i / 128 * WIDTH + swizzled(256 * c + col));
+        even[c] = two.x, odd[c] = two.y;
+      }
+      across<CHUNKS>(even);
+      across<CHUNKS>(odd);
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c)
+        *(u32*)(out + place(start + 256 * c + col, token, held, cols / 64)) = pack16(even[c] * norm(), odd[c] * norm());
+    }
+  }
 }

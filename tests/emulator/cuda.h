@@ -24,6 +24,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x, y; };
 using std::max;
@@ -52,6 +53,7 @@ static void __syncthreads() { pause_as(AT_BARRIER); }
 static void sync_warp() { pause_as(IN_WARP); }
 static void __syncwarp() { sync_warp(); }
 
+static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -123,7 +125,6 @@ static void wait_for_previous() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
-static u32 halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u16 to_bf16(float v) { const u32 u = __float_as_uint(v); return (u16)((u + 0x7FFF + (u >> 16 & 1)) >> 16); }
 #if BF16
 static float from16(u16 v) { return from_bf16(v); }
@@ -132,6 +133,7 @@ static u16 to16(float v) { return to_bf16(v); }
 static float from16(u16 v) { return from_half(v); }
 static u16 to16(float v) { return to_half(v); }
 #endif
+static u32 pack16(float low, float high) { return to16(low) | (u32)to16(high) << 16; }
 static void mma(float* c, const u32* a, u32 b0, u32 b1) {
   const int lane = current % 32;
   auto& shown = exchange[current / 32];
