@@ -117,9 +117,17 @@ class Problem:
         return ((y[:, part].double() - exact).norm() / (plain.double() - exact).norm()).item()
 
 
-def measure(codec: str, tokens: int, shape: tuple[int, int], rate: float, bf16: float, op: Callable = matmul) -> Row:
-    """op: as ops.matmul."""
-    problem = Problem.make(codec, tokens, *shape, torch.float16)
+def measure(
+    codec: str,
+    tokens: int,
+    shape: tuple[int, int],
+    rate: float,
+    bf16: float,
+    op: Callable = matmul,
+    dtype: torch.dtype = torch.float16,
+) -> Row:
+    """op: as ops.matmul; dtype: of x."""
+    problem = Problem.make(codec, tokens, *shape, dtype)
     y = op(*problem.given(problem.copies[-1]))
     error = problem.error(y)
     assert error < 2, f"{codec}, {tokens} tokens, {shape}: {error} times the error of PyTorch"
@@ -167,12 +175,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--codecs", nargs="*", choices=list(CODECS), default=[DEFAULT_CODECS[b] for b in (2, 3, 4)])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of x")
     parser.add_argument("--triton", action="store_true", help="Triton's kernels, which other codecs and GPUs take")
     parser.add_argument("--shapes", nargs="*", default=[f"{rows}x{cols}" for rows, cols in SHAPES])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     shapes = [(int(rows), int(cols)) for rows, _, cols in (s.partition("x") for s in args.shapes)]
-    op = matmul
+    op, dtype = matmul, getattr(torch, args.dtype)
     if args.triton:
         from glq.ops.triton_matmul import matmul as op
     rate = read_rate()
@@ -180,7 +189,7 @@ def main() -> None:
     for tokens in args.tokens:
         for shape in shapes:
             bf16 = bf16_time(tokens, *shape)
-            rows += [measure(codec, tokens, shape, rate, bf16, op) for codec in args.codecs]
+            rows += [measure(codec, tokens, shape, rate, bf16, op, dtype) for codec in args.codecs]
             print(table(rows[-len(args.codecs) :], rate).splitlines()[-len(args.codecs) :], flush=True)
             (args.out / "kernels.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
             (args.out / "kernels.md").write_text(table(rows, rate), encoding="utf-8")

@@ -19,6 +19,15 @@ _MULTIPLIER = tl.constexpr(trellis.MULTIPLIER)
 
 
 @triton.jit
+def load_table(table, FAMILY: tl.constexpr, INDEX_BITS: tl.constexpr):
+    """What decode_tile takes as its table: a trellis' entries, otherwise the pointer."""
+    held = table
+    if FAMILY == "trellis":
+        held = tl.load(table + tl.arange(0, 1 << INDEX_BITS))
+    return held
+
+
+@triton.jit
 def load_words(tile, CODE_BITS: tl.constexpr, FAMILY: tl.constexpr):
     """tile: u32 pointer → the words [8, 32] u64 of a tile, and for a trellis at least 16 bits of the next ones, u32.
 
@@ -88,6 +97,13 @@ def decode_tile(
 
 
 @triton.jit
+def _look_up(table, index):
+    """table [n], index [8, 8, 32] → their entries, by shared memory: the cache takes a cycle for each line."""
+    flat = tl.gather(table, tl.reshape(index, (2048,)).to(tl.int32), 0)
+    return tl.reshape(flat, (8, 8, 32))
+
+
+@triton.jit
 def _trellis_values(
     words,
     following,
@@ -105,9 +121,9 @@ def _trellis_values(
     spill = following[None, :, :] << tl.minimum(CODE_BITS - begin, 16).to(tl.uint32)
     h = ((own | spill) & 0xFFFF) * _MULTIPLIER
     if SIGNED:
-        pair = tl.load(table + ((h & 0xFFFF) >> (16 - INDEX_BITS)))
+        pair = _look_up(table, (h & 0xFFFF) >> (16 - INDEX_BITS))
     else:
-        pair = tl.load(table + ((h >> 7 & 0xFF) | (h >> 8 & 0x300))) ^ (h & 0x80008000)
+        pair = _look_up(table, (h >> 7 & 0xFF) | (h >> 8 & 0x300)) ^ (h & 0x80008000)
     even = pair.to(tl.uint16).to(PAIR, bitcast=True)
     odd = (pair >> 16).to(tl.uint16).to(PAIR, bitcast=True)
     return even, odd

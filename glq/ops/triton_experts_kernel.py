@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from glq.ops.triton_decode import decode_tile, load_words
+from glq.ops.triton_decode import decode_tile, load_table, load_words
 
 
 @triton.jit
@@ -58,9 +58,10 @@ def experts_kernel(
         row_codes = codes + (expert * row_tiles + row_tile) * col_tiles * (8 * CODE_BITS)
         x_row = (pair // top_k).to(tl.int64) * (col_tiles * 32)
         acc = tl.zeros((ROWS, 32 if PAIRS == 1 else PAIRS), tl.float32)
+        held = load_table(table, FAMILY, FIRST)
         for tile in range(0, col_tiles):
             words, following = load_words(row_codes + tile * (8 * CODE_BITS), CODE_BITS, FAMILY)
-            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
+            even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
             if PAIRS == 1:
                 k = tile * 32 + tl.arange(0, 32)[None, :]
                 x0 = tl.load(x + x_row + k, mask=2 * k < cols, other=0.0).to(tl.float32)

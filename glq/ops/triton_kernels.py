@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from glq.ops.triton_decode import decode_tile, load_words
+from glq.ops.triton_decode import decode_tile, load_table, load_words
 
 
 @triton.jit
@@ -79,6 +79,7 @@ def multiply_kernel(
     token = tl.arange(0, TOKENS)[None, :]
     odd_x = x + tokens * col_tiles * 32
     acc = tl.zeros((ROWS, 32 if TOKENS == 1 else TOKENS), tl.float32)
+    held = load_table(table, FAMILY, FIRST)
     words, following = load_words(row_codes + part * (8 * CODE_BITS), CODE_BITS, FAMILY)
     for tile in range(part, col_tiles, parts):
         # the next tile's codes are under way while this one is decoded
@@ -88,7 +89,7 @@ def multiply_kernel(
             k = tile * 32 + tl.arange(0, 32)[None, :]
             x0 = tl.load(x + k, mask=2 * k < cols, other=0.0).to(tl.float32)
             x1 = tl.load(odd_x + k, mask=2 * k + 1 < cols, other=0.0).to(tl.float32)
-            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
+            even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
             acc += even * x0
             acc += odd * x1
         else:
@@ -96,7 +97,7 @@ def multiply_kernel(
             at = token * (col_tiles * 32) + k
             x0 = tl.load(x + at, mask=(2 * k < cols) & (token < tokens), other=0.0)
             x1 = tl.load(odd_x + at, mask=(2 * k + 1 < cols) & (token < tokens), other=0.0)
-            even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
+            even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
             acc = tl.dot(even, x0, acc, input_precision="ieee")
             acc = tl.dot(odd, x1, acc, input_precision="ieee")
         words, following = next_words, next_following
@@ -143,7 +144,8 @@ def dequantize_kernel(
     row_tile, col_tile = tl.program_id(0), tl.program_id(1)
     tile = codes + (row_tile.to(tl.int64) * col_tiles + col_tile) * (8 * CODE_BITS)
     words, following = load_words(tile, CODE_BITS, FAMILY)
-    even, odd = decode_tile(words, following, table, CODE_BITS, FAMILY, FIRST, SECOND, tl.float32)
+    held = load_table(table, FAMILY, FIRST)
+    even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, tl.float32)
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     col = col_tile * 64 + tl.arange(0, 64)[None, :]
     s = tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)
