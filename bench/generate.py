@@ -1,9 +1,11 @@
 """Tokens a second of `generate` with random weights of a Llama's shape, quantized and in bf16, both in CUDA graphs.
 
     python bench/generate.py OUT.json [--codecs trellis-4 …] [--batch 1] [--prompt 128] [--new 128] [--layers 32]
+                                      [--compile]
 
-Both models write from the same prompt into the same static cache. Before it is timed, a quantized model's logits are
-checked against those of its dequantized first layers.
+--compile has transformers compile both models (Inductor, which captures graphs, too) in the place of our graphs. Both
+models write from the same prompt into a static cache. The quantized model's layers are fused as those of a loaded one.
+Before it is timed, its first block's layers are checked against PyTorch's products with their dequantized weights.
 """
 
 import argparse
@@ -14,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from glq.codecs import CODECS
+from glq.fused import fuse
 from glq.graphs import decode_in_graphs
 from glq.linear import QuantLinear
 from glq.rotation import block_width
@@ -32,58 +35,81 @@ LLAMA_3_8B = {
 }
 
 
-def dense_model(layers: int) -> LlamaForCausalLM:
-    """Random bf16 weights, on the GPU."""
-    config = LlamaConfig(**LLAMA_3_8B, num_hidden_layers=layers, eos_token_id=None)
+def dense_model(layers: int, device: str = "cuda", **changes: int) -> LlamaForCausalLM:
+    """Random bf16 weights."""
+    config = LlamaConfig(**LLAMA_3_8B | changes, num_hidden_layers=layers, eos_token_id=None)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
-    model.to_empty(device="cuda")
+    model.to_empty(device=device)
     for name, p in model.named_parameters():
         p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.02)
-    inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 128, 2, device="cuda") / 128)
+    width = config.head_dim
+    inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, device=device) / width)
     model.model.rotary_emb.inv_freq.copy_(inverse)
     decode_in_graphs(model)
     return model.eval()
 
 
 def quantize_randomly(model: LlamaForCausalLM, codec: str) -> None:
-    """Layers of random codes, whose weights have the size of the dense ones, in place of the decoder's."""
+    """Layers of random codes, whose weights have the size of the dense ones, in place of the decoder's; fused.
+
+    Layers of one module that read as many channels have the same signs, as q/k/v and gate/up of a checkpoint have.
+    """
+    signs: dict[tuple[str, int], torch.Tensor] = {}
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear | QuantLinear):
             rows, cols = module.out_features, module.in_features
-            block = block_width(cols)
-            layer = QuantLinear(cols, rows, codec, block, device="cuda")
-            layer.codes.copy_(torch.randint(0, 256, layer.codes.shape, dtype=torch.uint8, device="cuda"))
-            layer.signs.copy_(torch.randint(0, 256, layer.signs.shape, dtype=torch.uint8, device="cuda"))
+            layer = QuantLinear(cols, rows, codec, block_width(cols), device=model.device)
+            layer.codes.random_(0, 256)
+            source = "o_proj" if name.endswith("o_proj") else name.rpartition(".")[0]
+            layer.signs.copy_(signs.setdefault((source, cols), torch.randint_like(layer.signs, 0, 256)))
             layer.scale.fill_(0.02)
             model.model.layers.set_submodule(name, layer)
+    fuse(model)
 
 
 @torch.no_grad()
 def check(model: LlamaForCausalLM) -> None:
-    """A layer of each shape, with one token and with many, against PyTorch's product."""
-    for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.down_proj):
-        dense = layer.dequantize(torch.bfloat16)
+    """The layers of the first block, with one token and with many, against PyTorch's products."""
+    block = model.model.layers[0]
+    attention, mlp = block.self_attn, block.mlp
+    for group in (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    ):
         for tokens in (1, 128):
-            x = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
-            exact = x.double() @ dense.weight.double().T
-            error, plain = ((y.double() - exact).norm().item() for y in (layer(x), dense(x)))
-            assert error < 2 * plain + 0.003 * exact.norm().item(), (error, plain)
+            x = torch.randn(tokens, group[0].in_features, device=model.device, dtype=torch.bfloat16)
+            for layer, y in [(layer, layer(x)) for layer in group]:
+                dense = layer.dequantize(torch.bfloat16)
+                exact = x.double() @ dense.weight.double().T
+                error, plain = ((z.double() - exact).norm().item() for z in (y, dense(x)))
+                assert error < 2 * plain + 0.003 * exact.norm().item(), (error, plain)
 
 
-def speed(model: LlamaForCausalLM, batch: int, prompt: int, new: int) -> float:
+def speed(model: LlamaForCausalLM, batch: int, prompt: int, new: int, compiled: bool) -> float:
     """New tokens a second, all sequences together; the best of three."""
-    ids = torch.randint(0, 1000, (batch, prompt), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    ids = torch.randint(0, 1000, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    cache = StaticCache(config=model.config, max_cache_len=prompt + new)  # one for all runs: nothing is compiled again
+    how = {"compile_config": CompileConfig()} if compiled else {}
 
     def run(count: int) -> float:
+        cache.reset()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, cache_implementation="static")
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, past_key_values=cache, **how)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    run(4)
-    return max(batch * (new - 8) / (run(new) - run(8)) for _ in range(3))  # prefill and capture cancel out
+    for count in (8, new):
+        run(count)  # compiles and captures
+    return max(batch * (new - 8) / (run(new) - run(8)) for _ in range(3))  # prefill cancels out
+
+
+def forget_compiled(model: LlamaForCausalLM) -> None:
+    """What was compiled for other layers: guards would count each as a recompilation."""
+    torch._dynamo.reset()
+    model.__dict__.pop("_compiled_call", None)
 
 
 def main() -> None:
@@ -94,6 +120,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     model = dense_model(args.layers)
     rows: list[dict[str, Any]] = []
@@ -101,10 +128,12 @@ def main() -> None:
         if name != "bf16":
             quantize_randomly(model, name)
             check(model)
-        tokens = speed(model, args.batch, args.prompt, args.new)
+        forget_compiled(model)
+        tokens = speed(model, args.batch, args.prompt, args.new, args.compile)
         rows.append(
             {
                 "weights": name,
+                "by": "torch.compile" if args.compile else "graphs",
                 "tokens_per_second": tokens,
                 "of_bf16": tokens / rows[0]["tokens_per_second"] if rows else 1,
             }

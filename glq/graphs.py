@@ -5,8 +5,8 @@ transformers' `generate` takes a compiled forward pass for its decoding steps wh
 starts in a second.
 """
 
+import weakref
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache, StaticLayer
+
+from glq.errors import GlqError
 
 
 class GraphedForward:
@@ -39,7 +41,7 @@ class GraphedForward:
             return self._forward(past_key_values=past_key_values, **inputs)
         others = tuple(None if isinstance(x, Tensor) else x for x in given)
         shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
-        key = (structure, others, shapes, tuple(layer.keys.data_ptr() for layer in past_key_values.layers))
+        key = (structure, others, shapes, _addresses(past_key_values))
         if key != self._key:
             self._key, self._graph, self._output = key, None, None
             return self._forward(past_key_values=past_key_values, **inputs)
@@ -54,9 +56,21 @@ class GraphedForward:
     def _capture(self, cache: Any, given: list[Any], structure: Any) -> None:
         kept = [x.clone() if isinstance(x, Tensor) else x for x in given]
         self._inputs = [x for x in kept if isinstance(x, Tensor)]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = self._forward(past_key_values=cache, **tree_unflatten(kept, structure))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._output = self._forward(past_key_values=cache, **tree_unflatten(kept, structure))
+        except RuntimeError as error:
+            raise GlqError(
+                "this model's decoding step cannot be captured as a CUDA graph: call generate with "
+                "disable_compile=True, or have it compiled with compile_config=CompileConfig()"
+            ) from error
+        self._graph = graph
+
+
+def _addresses(cache: StaticCache) -> tuple[int, ...]:
+    """Where keys, values and lengths lie: beam search replaces keys and values, one after the other."""
+    return tuple(t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length))
 
 
 def _is_step(cache: Any, inputs: dict[str, Any]) -> bool:
@@ -72,12 +86,28 @@ def _is_step(cache: Any, inputs: dict[str, Any]) -> bool:
     )
 
 
+class _Calls:
+    """In the place of a model's `get_compiled_call`: a copy of the model, or one from a pickle, gets its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)  # weak: a model's memory is free as soon as it is deleted
+
+    def __call__(self, compile_config: Any = None) -> Callable[..., Any]:
+        """What `generate` decodes with; its graph ends with it, as does the cache that the graph writes into."""
+        model = self._model()
+        assert model is not None
+        devices = set(getattr(model, "hf_device_map", {}).values())
+        if compile_config is not None or model.device.type != "cuda" or len(devices) > 1:
+            return type(model).get_compiled_call(model, compile_config)
+        return GraphedForward(model.__call__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = weakref.ref(state["model"])
+
+
 def decode_in_graphs(model: PreTrainedModel) -> None:
-    """Have `generate` use graphs where it would compile, unless it is given a compile_config."""
-    compiled = model.get_compiled_call
-    graphed = GraphedForward(model.__call__)
-
-    def get_compiled_call(self: PreTrainedModel, compile_config: Any) -> Callable[..., Any]:
-        return graphed if compile_config is None and self.device.type == "cuda" else compiled(compile_config)
-
-    model.get_compiled_call = MethodType(get_compiled_call, model)
+    """Have `generate` use graphs where it would compile, but not with a compile_config or on several GPUs."""
+    model.get_compiled_call = _Calls(model)

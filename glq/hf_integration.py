@@ -15,6 +15,8 @@ from glq.checkpoint import summarize
 from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig
 from glq.embedding import QuantEmbedding, TiedHead, embedding_scale
 from glq.errors import GlqError
+from glq.fused import fuse
+from glq.graphs import decode_in_graphs
 from glq.hub import resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
@@ -77,6 +79,8 @@ class GlqHfQuantizer(HfQuantizer):
         for name in self._config.modules:
             if not torch.isfinite(model.get_submodule(name).scale).all():
                 raise GlqError(f"{name}.scale holds NaN or infinite values: the file is damaged, get it again")
+        fuse(model)
+        decode_in_graphs(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

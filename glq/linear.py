@@ -3,20 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from glq.ops.matmul import matmul
+from glq.fused import Fusable
 from glq.packed import PACKED_DTYPES, PackedLinear, packed_shapes
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Fusable):
     """Drop-in for nn.Linear in inference: x [..., in] → [..., out], same dtype.
 
     Its buffers `codes`, `scale` and `signs` are those of PackedLinear. Casting the module casts only the scales;
     the op computes with them in fp32.
     """
-
-    codes: Tensor
-    scale: Tensor
-    signs: Tensor
 
     def __init__(
         self,
@@ -52,7 +48,7 @@ class QuantLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = matmul(x, self.codes, self.scale, self.signs, self.codec, self.out_features, self.block)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
