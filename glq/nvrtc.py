@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from glq.errors import GlqError
+from glq.exchange import Arenas
 
 RESERVED = 1024  # bytes of shared memory that the driver takes for each block, from compute capability 8.0 on
-_AT_LEAST = 1 << 16  # words of what blocks share
-_KEPT = 64  # of such: of streams and captures lately used
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
-        self._exchanges: dict[tuple[int, int], Tensor] = {}  # by stream and capture
+        self._arenas = Arenas(device)
 
     def launch(
         self,
@@ -148,20 +147,8 @@ class Gpu:
             run(stream, config, self._kernels[key], *values)
 
     def exchange(self, count: int) -> Tensor:
-        """As Launcher.exchange.
-
-        What runs at the same time must not share them: each stream has its own, and each capture of a CUDA graph, too,
-        whose replays begin by filling them.
-        """
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        key = (stream, _capture_id(stream))
-        found = self._exchanges.get(key)
-        if found is None or len(found) < count:
-            if len(self._exchanges) >= _KEPT:
-                del self._exchanges[next(iter(self._exchanges))]
-            words = torch.full((max(count, _AT_LEAST),), -1, dtype=torch.int32, device=self._device)
-            found = self._exchanges[key] = words.view(torch.float32)
-        return found
+        """As Launcher.exchange."""
+        return self._arenas.get(count)
 
     def _load(self, source: Source, name: str, shared: int) -> Any:
         from cuda.bindings import driver
@@ -184,16 +171,6 @@ def gpu(device: torch.device) -> Gpu:
 
 
 _gpu = cache(Gpu)
-
-
-def _capture_id(stream: int) -> int:
-    """Which capture of a CUDA graph goes on in a stream, by its handle; 0: none."""
-    from cuda.bindings import driver
-
-    error, status, number, *_ = driver.cuStreamGetCaptureInfo(stream)
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise GlqError(f"CUDA does not tell whether a graph is being captured: {error}")
-    return int(number) if status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else 0
 
 
 def _cache_dir() -> Path:
