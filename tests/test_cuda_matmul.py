@@ -12,7 +12,7 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import rotate_tiles
@@ -57,6 +57,12 @@ def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float
 def test_every_codec(name):
     check(name, 1, 130, 512, 512, Emulator(1))
     check(name, 3, 130, 200, 200, Emulator(2))
+
+
+@emulated
+@pytest.mark.parametrize("block", [256, 768, 1280, 1536, 1792, 2048])
+def test_one_token_is_rotated_in_the_kernel(block):
+    check("trellis-4", 1, 70, 2 * block, block, Emulator(3))
 
 
 @emulated
@@ -192,7 +198,9 @@ def test_dequantize_fits_every_architecture():
 @emulated
 @pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
 @pytest.mark.parametrize("for_wgmma", [False, True])
-def test_rotation(block, for_wgmma):
+@pytest.mark.parametrize("few", [0, 256])
+def test_rotation(block, for_wgmma, few, monkeypatch):
+    monkeypatch.setattr(cuda_rotate, "_FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
     tiles = rotate_tiles(x, signs, block, 16, for_wgmma, Emulator(1))[:, :11].float()
