@@ -38,7 +38,7 @@ class GlqLinearMethod(LinearMethodBase):
         _create(layer, ", ".join(self.modules), parts, params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if _finish(layer):
+        if _finish(layer, "weight_packed"):
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
 
@@ -76,17 +76,17 @@ class GlqEmbeddingMethod(QuantizeMethodBase):
         _create(layer, self.name, (part,), params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if _finish(layer):
+        if _finish(layer, "weight"):
             layer.quant_method = UnquantizedEmbeddingMethod()
             layer.quant_method.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = multiply(x, layer.weight_packed, layer.scale, layer.signs, layer.glq_runs)
+        y = multiply(x, layer.weight, layer.scale, layer.signs, layer.glq_runs)
         return y if bias is None else y + bias
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         (run,) = layer.glq_runs
-        codes, width = codes_of(layer.weight_packed, run), self.module.in_features
+        codes, width = codes_of(layer.weight, run), self.module.in_features
         return embedding(input_, codes, layer.scale, layer.signs[0], run.codec, width, run.block, layer.params_dtype)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
@@ -123,8 +123,11 @@ def _create(layer: Any, name: str, parts: tuple[Part, ...], dtype: torch.dtype) 
     layer.glq_name, layer.glq_parts, layer.glq_dtype = name, parts, dtype
 
 
-def _finish(layer: Any) -> bool:
-    """Check what was loaded. On a CPU, for which there are no kernels: decode it, and say so."""
+def _finish(layer: Any, packed: str) -> bool:
+    """Check what was loaded. On a CPU, for which there are no kernels: decode it, and say so.
+
+    packed: the name that the codes take, under which vLLM's LoRA layers look for a layer's device.
+    """
     if lost := [key for key in ("codes", "scale", "signs") if getattr(layer, key).glq_missing]:
         raise GlqError(f"{layer.glq_name}: vLLM has not loaded its {lost[0]}: it gives the model's tensors other names")
     if not torch.isfinite(layer.scale).all():
@@ -135,7 +138,7 @@ def _finish(layer: Any) -> bool:
         layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         return True
     layer.glq_runs = runs(layer.glq_parts, layer.signs)
-    layer.weight_packed = layer.codes  # where LoRA looks for a layer's device
+    setattr(layer, packed, layer.codes)
     del layer.codes
     return False
 
