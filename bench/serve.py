@@ -101,8 +101,11 @@ def weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.parameters()}.values())
 
 
-def worst_error(model: Any) -> float:
-    """Of the first packed layers with 1, 8, 32 and 600 tokens, relative to the product with the decoded weight."""
+def worst_error(model: Any) -> float | None:
+    """Of the first packed layers with 1, 8, 32 and 600 tokens, relative to the product with the decoded weight.
+
+    None if there are none: on a CPU, where weights are decoded once.
+    """
     import torch
 
     from glq.vllm_integration.parts import dequantize
@@ -116,11 +119,13 @@ def worst_error(model: Any) -> float:
             exact = x.double() @ weight.T
             y = layer.quant_method.apply(layer, x)
             worst = max(worst, ((y.double() - exact).norm() / exact.norm()).item())
-    return worst
+    return worst if packed else None
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One kind of weights, in this process."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != here]  # transformers would import kernels.py from there
     import torch
     from vllm import LLM, SamplingParams
 
@@ -147,8 +152,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ends = 2 * 2 * shape["vocab_size"] * shape["hidden_size"]
         norms = 2 * shape["hidden_size"] * (2 * shape["num_hidden_layers"] + 1)
         row["expected_bytes"] = sum(stored_bytes(args.one, *size) for size in sizes.values()) + ends + norms
-        if row["worst_error"] > 0.01:
-            raise SystemExit(f"{args.one}: wrong by {row['worst_error']:.2%}: not timed")
+        if torch.cuda.is_available() and (row["worst_error"] is None or row["worst_error"] > 0.01):
+            raise SystemExit(f"{args.one}: its relative error is {row['worst_error']}: not timed")
     generator = torch.Generator().manual_seed(0)
 
     def seconds(batch: int, new: int) -> float:

@@ -79,7 +79,7 @@ def add_biases(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     for name in tensors:
         if name.endswith(".bias"):
-            tensors[name] = torch.randn_like(tensors[name])
+            tensors[name] = torch.randn_like(tensors[name]) / 50
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
