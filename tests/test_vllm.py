@@ -99,6 +99,14 @@ def test_two_ranks_are_one(tiny_even, vllm):
     assert_same(answer, load(tiny_even, device="cpu"), PROMPTS, 1e-4)
 
 
+def test_random_codes_are_served_from_a_config_alone(checkpoint, vllm, tmp_path):
+    """What bench/serve.py does."""
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    answer = vllm(tmp_path, PROMPTS, packed=True, load_format="dummy", skip_tokenizer_init=True)
+    assert isinstance(answer, dict), answer[-6000:]
+    assert torch.tensor(answer["logprobs"]).isfinite().all()
+
+
 def test_a_size_that_does_not_fit_is_refused_before_weights_load(checkpoint, vllm):
     """A vocabulary of 302, padded by vLLM to 320, is 5 tiles."""
     output = vllm(checkpoint, tensor_parallel_size=2)
