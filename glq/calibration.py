@@ -283,7 +283,7 @@ def walk(
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
         block_calls = [of_blocks[i] for of_blocks in calls]
-        groups = find_groups(block, reference[0][:1], block_calls[0])
+        groups = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
 
         def visit_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
             visit({f"{prefix}.{m}": cast(nn.Linear, twin.get_submodule(m)) for m in members}, moments)

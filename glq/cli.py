@@ -74,6 +74,7 @@ def quantize(
         typer.Option("--mixed/--uniform", help="let layers differ; default: at rates that no codec has"),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="a plan of `glq plan`, edited or not")] = None,
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks that the checkpoint can be served on")] = 1,
     tune: Annotated[
         bool, typer.Option("--tune", help="train scales and norms towards the original afterwards")
     ] = False,
@@ -99,7 +100,15 @@ def quantize(
             bits = 3 if planned is None else planned.bits
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
         settings = Settings(
-            bits, codec, exceptions, tokens=tokens, ctx=ctx, seed=seed, embeddings=embeddings, head=head
+            bits,
+            codec,
+            exceptions,
+            tokens=tokens,
+            ctx=ctx,
+            seed=seed,
+            embeddings=embeddings,
+            head=head,
+            tensor_parallel=tp,
         )
         with _progress() as listener:
             result = run(

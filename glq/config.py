@@ -40,13 +40,16 @@ class GlqConfig:
     modules: dict[str, ModuleConfig]
     bits: float  # stored bits a quantized weight, all included
     version: str  # of glq that wrote it
+    tensor_parallel: int = 1  # shards of the input that no block of the rotation crosses, in row-parallel layers
 
     def to_dict(self) -> dict[str, Any]:
+        degree = {} if self.tensor_parallel == 1 else {"tensor_parallel": self.tensor_parallel}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "glq_version": self.version,
             "bits": self.bits,
+            **degree,
             "modules": {name: asdict(module) for name, module in self.modules.items()},
         }
 
@@ -72,15 +75,18 @@ class GlqConfig:
                 f"{FORMAT_VERSION}: pip install -U glq"
             )
         known = {"quant_method", "format_version", "glq_version", "bits", "modules"}
-        _refuse_unknown("quantization_config", raw, known)
+        _refuse_unknown("quantization_config", raw, known | {"tensor_parallel"})
         if lost := sorted(known - raw.keys()):
             raise GlqError(f"quantization_config lacks {', '.join(lost)}: config.json is damaged")
         if not isinstance(raw["modules"], dict) or not raw["modules"]:
             raise GlqError("quantization_config: modules must name at least one quantized layer")
         if type(raw["bits"]) not in (int, float):
             raise GlqError(f"quantization_config: bits must be a number, found {raw['bits']!r}")
+        degree = raw.get("tensor_parallel", 1)
+        if type(degree) is not int or degree < 1:
+            raise GlqError(f"quantization_config: tensor_parallel must be a positive integer, found {degree!r}")
         modules = {name: _module(name, entry) for name, entry in raw["modules"].items()}
-        return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]))
+        return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]), tensor_parallel=degree)
 
 
 def _module(name: str, entry: Any) -> ModuleConfig:

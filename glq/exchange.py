@@ -1,8 +1,8 @@
 """Memory in which the blocks of a kernel hand each other sums: all ones before a kernel and after it.
 
-Kernels that run at the same time must not share it: each stream has its own, and each CUDA graph. It is not taken from
-PyTorch's allocator, which would give a graph's memory to the next one (and torch.compile forbids to keep any). A
-graph's is used again when the graph is gone, which CUDA says by a "user object" that the graph owns.
+Kernels that run at the same time must not share it: each stream has its own, and in each CUDA graph, too. It is not
+taken from PyTorch's allocator, which would give a graph's memory to the next one (and torch.compile forbids to keep
+any). A graph's is used again when the graph is gone, which CUDA says by a "user object" that the graph owns.
 """
 
 import ctypes
@@ -20,39 +20,41 @@ _SEMAPHORE = 32  # bytes of a sem_t, on 64-bit Linux
 
 
 class Arenas:
-    """Those of one device."""
+    """Those of one device. graphs_in_turn: no two CUDA graphs are replayed at a time, so they may share what they have."""
 
     def __init__(self, device: torch.device) -> None:
+        self.graphs_in_turn = False
         self._device = device
-        self._of_streams: dict[int, Tensor] = {}
-        self._of_captures: dict[int, list[_Lent]] = {}
+        self._of_streams: dict[tuple[int, bool], Tensor] = {}  # by stream, and whether for graphs
+        self._of_captures: dict[tuple[int, int], list[_Lent]] = {}  # by capture and stream
         self._free: list[Tensor] = []
 
     def get(self, count: int) -> Tensor:
         """[≥ count] fp32 for the current stream, or for the graph that is captured from it."""
         stream = torch.cuda.current_stream(self._device).cuda_stream
         capture, graph = _capture(stream)
-        if graph is not None:
-            return self._of_capture(capture, graph, count)
-        found = self._of_streams.get(stream)
+        if graph is not None and not self.graphs_in_turn:
+            return self._of_capture((capture, stream), graph, count)
+        key = (stream, graph is not None)
+        found = self._of_streams.get(key)
         if found is None or len(found) < count:  # kernels under way may still use the smaller one: it is kept, too
-            found = self._of_streams[stream] = self._take(count)
+            found = self._of_streams[key] = self._take(count)
         return found
 
-    def _of_capture(self, capture: int, graph: Any, count: int) -> Tensor:
-        for one in self._of_captures.get(capture, []):
+    def _of_capture(self, key: tuple[int, int], graph: Any, count: int) -> Tensor:
+        for one in self._of_captures.get(key, []):
             if len(one.words) >= count:
                 return one.words
         found = self._take(count)
-        self._of_captures.setdefault(capture, []).append(_Lent(found, _end_of(graph)))
+        self._of_captures.setdefault(key, []).append(_Lent(found, _end_of(graph)))
         return found
 
     def _take(self, count: int) -> Tensor:
-        for capture, lent in list(self._of_captures.items()):
+        for key, lent in list(self._of_captures.items()):
             self._free += [one.words for one in lent if _is_posted(one.end)]
             lent[:] = [one for one in lent if not _is_posted(one.end)]
             if not lent:
-                del self._of_captures[capture]
+                del self._of_captures[key]
         fitting = [i for i, words in enumerate(self._free) if len(words) >= count]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))

@@ -119,7 +119,7 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
         self._kernels: dict[tuple[Source, str, int], Any] = {}
-        self._arenas = Arenas(device)
+        self.arenas = Arenas(device)
 
     def launch(
         self,
@@ -148,7 +148,7 @@ class Gpu:
 
     def exchange(self, count: int) -> Tensor:
         """As Launcher.exchange."""
-        return self._arenas.get(count)
+        return self.arenas.get(count)
 
     def _load(self, source: Source, name: str, shared: int) -> Any:
         from cuda.bindings import driver

@@ -26,6 +26,7 @@ from glq.calibration import (
 )
 from glq.checkpoint import CheckpointWriter
 from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
+from glq.codecs.packing import TILE_COLS
 from glq.config import GlqConfig
 from glq.embedding import embedding_scale
 from glq.errors import GlqError
@@ -66,6 +67,7 @@ class Settings:
     damping: float = 0.1
     embeddings: float | None = None  # bits of the input embeddings, one of DEFAULT_CODECS; None: as they are
     head: float | None = None  # bits of the lm_head; where it is tied to the embeddings, either of the two means both
+    tensor_parallel: int = 1  # ranks that the input of row-parallel layers can be cut for
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
@@ -79,6 +81,8 @@ class Settings:
         for bits in (self.embeddings, self.head):
             if bits is not None:
                 rate_codec(bits)
+        if self.tensor_parallel < 1:
+            raise GlqError(f"tensor-parallel ranks must be at least 1, found {self.tensor_parallel}")
         if self.ctx < 16 or (self.tokens is not None and self.tokens < self.ctx):
             raise GlqError(
                 f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
@@ -139,7 +143,7 @@ def round_model(
         modules = {name: s.module for name, s in stored.items()}
         errors = {name: s.lost for name, s in stored.items()}
         raw = source.config.to_dict() | {
-            "quantization_config": GlqConfig(modules, round(bits, 4), __version__).to_dict()
+            "quantization_config": GlqConfig(modules, round(bits, 4), __version__, settings.tensor_parallel).to_dict()
         }
         writer.add_json("config.json", raw)
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -155,6 +159,7 @@ def open_model(model: str | Path, settings: Settings) -> tuple[SourceModel, Sett
     source = SourceModel(resolve(model))
     settings = _with_tied_rates(settings, source)
     _refuse_idle_patterns(settings, source)
+    _refuse_uneven_shards(settings, source)
     return source, settings
 
 
@@ -169,6 +174,23 @@ def _refuse_idle_patterns(settings: Settings, source: SourceModel) -> None:
         if not any(_matches(layer, pattern) for layer in layers):
             raise GlqError(
                 f"no layer matches {pattern!r}, which should take {codec}: there are {layers[0]!r}, and others"
+            )
+
+
+def _refuse_uneven_shards(settings: Settings, source: SourceModel) -> None:
+    """GlqError if the ranks cannot have equal shards of whole tiles of what row-parallel layers read."""
+    ranks = settings.tensor_parallel
+    if ranks == 1:
+        return
+    if not source.row_parallel:
+        raise GlqError(f"transformers has no tensor-parallel plan for {source.config.model_type!r}: leave out --tp")
+    for name in source.row_parallel:
+        layer: Any = source.module(name)
+        width = layer.in_features
+        if width % (ranks * TILE_COLS):
+            raise GlqError(
+                f"{name} reads {width} channels, which are not {ranks} equal shards of whole tiles of {TILE_COLS}: "
+                "choose another --tp"
             )
 
 
@@ -217,7 +239,8 @@ def _round(
         quantized, _ = capture(source, batches, device, torch.float32)
 
     def round_group(layers: dict[str, nn.Linear], moments: Moments) -> None:
-        rounder(layers, {name: settings.codec_of(name) for name in layers}, moments)
+        shards = settings.tensor_parallel if source.row_parallel & layers.keys() else 1
+        rounder(layers, {name: settings.codec_of(name) for name in layers}, moments, shards)
 
     for names, done, total in walk(source, reference, quantized, calls, device, round_group):
         show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))

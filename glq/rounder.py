@@ -46,15 +46,18 @@ class GroupRounder:
         self._writer, self._seed, self._damping = writer, seed, damping
         self._panels: PanelRounder = GraphedPanelRounder() if device.type == "cuda" else round_panel
 
-    def __call__(self, layers: dict[str, nn.Linear], codecs: dict[str, str], moments: Moments) -> None:
-        """Round the layers of a group, give them the rounded weights, and write them to the checkpoint."""
+    def __call__(self, layers: dict[str, nn.Linear], codecs: dict[str, str], moments: Moments, shards: int = 1) -> None:
+        """Round the layers of a group, give them the rounded weights, and write them to the checkpoint.
+
+        shards: into which tensor-parallel ranks cut the input, and which no block of the rotation may cross.
+        """
         first = next(iter(layers))
         if not torch.isfinite(moments.hessian).all():
             raise GlqError(f"{first} reads NaN or infinite values on the calibration text: the model is broken")
         for codec in dict.fromkeys(codecs.values()):
             chosen = {name: layer for name, layer in layers.items() if codecs[name] == codec}
             seed, group = group_seed(self._seed, first), list(chosen.values())
-            packed, lost = round_layers(group, moments, get_codec(codec), seed, self._damping, self._panels)
+            packed, lost = round_layers(group, moments, get_codec(codec), seed, self._damping, self._panels, shards)
             for (name, layer), p in zip(chosen.items(), packed, strict=True):
                 if not torch.isfinite(p.scale).all():
                     raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
@@ -71,11 +74,12 @@ def round_layers(
     seed: int,
     damping: float,
     panels: PanelRounder = round_panel,
+    shards: int = 1,
 ) -> tuple[list[PackedLinear], float]:
     """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
-    p = _pose(weight, moments, seed, damping)
+    p = _pose(weight, moments, seed, damping, shards)
     rounded = round_matrix(p.target, p.hessian, p.factor, codec, panels)
     scale = rounded.scale.to(torch.float16)
     lost = objective(p.target, rounded.values * scale.float()[:, None], p.hessian).item()
@@ -119,9 +123,9 @@ class _Problem:
     block: int
 
 
-def _pose(weight: Tensor, moments: Moments, seed: int, damping: float) -> _Problem:
+def _pose(weight: Tensor, moments: Moments, seed: int, damping: float, shards: int = 1) -> _Problem:
     """Rotate, and move the weights [out, in] towards those that fit the reference's outputs best."""
-    block = block_width(weight.shape[1])
+    block = block_width(weight.shape[1], shards)
     signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed)).to(weight.device)
     h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
     target = rotate(weight, signs, block)

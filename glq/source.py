@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -78,6 +80,13 @@ class SourceModel:
         """Names of the linear layers of the decoder blocks."""
         modules = ((b, self.module(b)) for b in self.blocks)
         return [f"{b}.{n}" for b, block in modules for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+
+    @cached_property
+    def row_parallel(self) -> frozenset[str]:
+        """Names of the layers whose input tensor-parallel ranks share out, by the model's plan in transformers."""
+        plan = getattr(self.config.get_text_config(), "base_model_tp_plan", None) or {}
+        patterns = [f"*.{pattern}" for pattern, style in plan.items() if style.startswith("rowwise")]
+        return frozenset(name for name in self.layers if any(fnmatchcase(name, pattern) for pattern in patterns))
 
     def as_linear(self, name: str, device: torch.device) -> dict[str, nn.Linear]:
         """The matrix of embeddings or lm_head [vocabulary, hidden] as a linear layer in fp32, under its name."""

@@ -72,6 +72,17 @@ def make_model(path: Path, **changes) -> Path:
     return path
 
 
+def add_biases(model: Path) -> None:
+    """Those of a new model are zeros, which would hide that they are not read."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if name.endswith(".bias"):
+            tensors[name] = torch.randn_like(tensors[name]) / 50
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
@@ -91,6 +102,21 @@ def tiny_checkpoint(tiny_model, tiny_settings, text_file, tmp_path_factory) -> P
     out = tmp_path_factory.mktemp("quantized") / "out"
     quantize(tiny_model, out, tiny_settings, calibration=text_file, device="cpu")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_even(text_file, tmp_path_factory) -> Path:
+    """A checkpoint with biases and a quantized, tied head that can be cut for two tensor-parallel ranks."""
+    from glq import Settings, quantize
+
+    folder = tmp_path_factory.mktemp("even")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 384}
+    model = make_model(folder / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **sizes)
+    add_biases(model)
+    layers = (("*.k_proj", "trellis-4"), ("*.gate_proj", "nested-4"))
+    settings = Settings(3, tokens=512, ctx=64, layers=layers, head=4, tensor_parallel=2)
+    quantize(model, folder / "out", settings, calibration=text_file, device="cpu")
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,7 @@ NAME = "model.layers.0.self_attn.q_proj"
         (lambda q: q["modules"][NAME].update(extra=1), "unknown keys extra"),
         (lambda q: q["modules"][NAME].pop("block"), "lacks block"),
         (lambda q: q["modules"].update({NAME: 3}), "expected an object"),
+        (lambda q: q.update(tensor_parallel=0), "tensor_parallel must be a positive integer, found 0"),
         (lambda q: q["modules"][NAME].update(codec="nested-4"), "q_proj.codes should be U8 .*found U8"),
         (
             lambda q: q["modules"].update({"model.norm": q["modules"][NAME]}),
@@ -351,6 +352,17 @@ def test_core_imports_without_extras():
         "else:\n    raise SystemExit('no')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_uneven_shards_are_refused_before_work(refused, tiny_model, tiny_settings):
+    refused(tiny_model, "o_proj reads 96 channels, which are not 2 equal", replace(tiny_settings, tensor_parallel=2))
+    with pytest.raises(GlqError, match="at least 1, found 0"):
+        replace(tiny_settings, tensor_parallel=0)
+
+
+def test_shards_of_a_model_without_a_plan_are_refused(refused, tiny_model, tiny_settings, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaConfig.base_model_tp_plan", None)
+    refused(tiny_model, "no tensor-parallel plan for 'llama'", replace(tiny_settings, tensor_parallel=2))
 
 
 def test_a_misspelt_layer_is_refused_before_work(refused, tiny_model, tiny_settings):

@@ -48,7 +48,7 @@ def test_streams_and_graphs_share_nothing(now):
     arenas = Arenas(torch.device("cpu"))
     found = []
     for stream in (1, 2):
-        for capture in (0, 10 + stream, 20 + stream):
+        for capture in (0, 10, 20):
             now.stream, now.capture = stream, capture
             found.append(arenas.get(1000))
             assert arenas.get(10) is found[-1]
@@ -74,6 +74,18 @@ def test_what_a_graph_had_is_used_again_when_it_is_gone(now):
     post(now.ends[5])
     now.capture = 7
     assert arenas.get(1000) is first
+
+
+def test_graphs_that_are_replayed_in_turn_share(now):
+    arenas = Arenas(torch.device("cpu"))
+    arenas.graphs_in_turn = True
+    eager = arenas.get(10)
+    now.capture = 5
+    first = arenas.get(10)
+    now.capture = 6
+    assert arenas.get(10) is first is not eager
+    now.stream = 2
+    assert arenas.get(10) is not first
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -104,7 +116,7 @@ def test_many_graphs_one_after_the_other_take_the_memory_of_few():
             x.normal_()
             graph.replay()
             torch.testing.assert_close(y, expected(layer, x), rtol=0.01, atol=0.3)
-        arenas = nvrtc.gpu(x.device)._arenas
+        arenas = nvrtc.gpu(x.device).arenas
         seen |= {one.words.data_ptr() for lent in arenas._of_captures.values() for one in lent}
         del graph, y
         gc.collect()

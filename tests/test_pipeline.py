@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import glq
 import glq.hf_integration
 from glq import GlqError, Settings, quantize
 from glq.calibration import calibrate_block, capture, find_groups
-from glq.checkpoint import inspect
+from glq.checkpoint import inspect, read_config
 from glq.linear import QuantLinear
 from glq.source import SourceModel
 
@@ -228,6 +229,19 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
     x, x_hat = torch.cat(down[:2]), torch.cat(down[2:])
     torch.testing.assert_close(found[3].hessian, x_hat.T @ x_hat / 64)
     torch.testing.assert_close(found[3].drift, (x - x_hat).T @ x_hat / 64)
+
+
+def test_rotations_stay_inside_tensor_parallel_shards(text_file, tmp_path):
+    model = make_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    quantize(
+        model, tmp_path / "out", Settings(tokens=512, ctx=64, tensor_parallel=2), calibration=text_file, device="cpu"
+    )
+    config = read_config(tmp_path / "out")
+    assert config.tensor_parallel == 2
+    for name, module in config.modules.items():
+        assert module.block == {"o_proj": 64, "down_proj": 128}.get(name.rpartition(".")[2], 128)
+    assert "tensor_parallel" not in replace(config, tensor_parallel=1).to_dict()
+    load(tmp_path / "out")
 
 
 def test_a_dead_channel_is_handled(tiny_model, text_file, tmp_path):

@@ -1,0 +1,103 @@
+"""What vLLM asks about a glq checkpoint: the config, and which method each layer takes."""
+
+from dataclasses import replace
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from glq import __version__
+from glq.checkpoint import summarize
+from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig
+from glq.errors import GlqError
+from glq.files import INDEX, SINGLE
+from glq.vllm_integration import TESTED
+
+_log = getLogger("vllm.glq")
+
+
+class GlqVllmConfig(QuantizationConfig):
+    """A GlqConfig in the form that vLLM hands to each layer."""
+
+    def __init__(self, glq: GlqConfig) -> None:
+        super().__init__()
+        self.glq = glq
+        self.tied = False
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GlqVllmConfig":
+        """From the quantization_config of config.json. GlqError for one that this glq does not read."""
+        if not vllm.__version__.startswith(TESTED):
+            _log.warning("glq %s is tested with vLLM %sx; this is %s", __version__, TESTED, vllm.__version__)
+        return cls(GlqConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Check the files of a local checkpoint by their headers. GlqError names the first thing that is wrong."""
+        text = None if hf_config is None else hf_config.get_text_config()
+        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        folder = Path(model_name)
+        if (folder / INDEX).is_file() or (folder / SINGLE).is_file():  # not with load_format="dummy", and on the hub
+            summarize(folder, self.glq)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Take the names that modules have in vLLM's model."""
+        self.glq = replace(self.glq, modules=hf_to_vllm_mapper.apply_dict(self.glq.modules))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of a layer; vLLM's own for one that is not quantized."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        from glq.vllm_integration import methods
+
+        if isinstance(layer, LinearBase):
+            modules = self.modules_of(prefix)
+            return methods.GlqLinearMethod(modules) if modules else UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead):
+            if prefix in self.glq.modules:
+                return methods.GlqEmbeddingMethod(prefix, self.glq.modules[prefix])
+            return methods.GlqTiedHeadMethod() if self.tied and self.embeddings_of("") else None
+        if isinstance(layer, VocabParallelEmbedding) and (name := self.embeddings_of(prefix)):
+            return methods.GlqEmbeddingMethod(name, self.glq.modules[name])
+        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.glq.modules):
+            raise GlqError(f"{prefix}: quantized experts are not supported in vLLM yet: leave them as they are")
+        return None
+
+    def modules_of(self, prefix: str) -> dict[str, ModuleConfig]:
+        """The quantized matrices that a linear layer is made of; none if it is not quantized."""
+        modules = self.glq.modules
+        parent, _, last = prefix.rpartition(".")
+        names = [prefix]
+        if prefix not in modules and last in self.packed_modules_mapping:
+            names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping[last]]
+        found = {name: modules[name] for name in names if name in modules}
+        if found and (lost := [name for name in names if name not in modules]):
+            raise GlqError(
+                f"{prefix}: vLLM fuses {lost[0]}, which is not quantized, with {next(iter(found))}, which is"
+            )
+        return found
+
+    def embeddings_of(self, prefix: str) -> str | None:
+        """The quantized input embeddings, by vLLM's name for them, which some models leave out."""
+        if prefix:
+            return prefix if prefix in self.glq.modules else None
+        ends = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+        return next((name for name in self.glq.modules if name.rpartition(".")[2] in ends), None)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
