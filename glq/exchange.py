@@ -20,7 +20,10 @@ _SEMAPHORE = 32  # bytes of a sem_t, on 64-bit Linux
 
 
 class Arenas:
-    """Those of one device. graphs_in_turn: no two CUDA graphs are replayed at a time, so they may share what they have."""
+    """Those of one device.
+
+    graphs_in_turn: no two CUDA graphs are replayed at a time, so they may share what they have.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.graphs_in_turn = False
