@@ -184,7 +184,7 @@ def _refuse_uneven_shards(settings: Settings, source: SourceModel) -> None:
         return
     if not source.row_parallel:
         raise GlqError(f"transformers has no tensor-parallel plan for {source.config.model_type!r}: leave out --tp")
-    for name in source.row_parallel:
+    for name in sorted(source.row_parallel, key=source.layers.index):
         layer: Any = source.module(name)
         width = layer.in_features
         if width % (ranks * TILE_COLS):
