@@ -8,6 +8,7 @@ any). A graph's is used again when the graph is gone, which CUDA says by a "user
 import ctypes
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ class Arenas:
 
     def _take(self, count: int) -> Tensor:
         for key, lent in list(self._of_captures.items()):
-            self._free += [one.words for one in lent if _is_posted(one.end)]
-            lent[:] = [one for one in lent if not _is_posted(one.end)]
-            if not lent:
+            ended = [_is_posted(one.end) for one in lent]  # asked once: another may end meanwhile
+            self._free += [one.words for one, over in zip(lent, ended, strict=True) if over]
+            if all(ended):
                 del self._of_captures[key]
+            else:
+                self._of_captures[key] = [one for one, over in zip(lent, ended, strict=True) if not over]
         fitting = [i for i, words in enumerate(self._free) if len(words) >= count]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
@@ -140,6 +143,7 @@ def _is_posted(semaphore: int | None) -> bool:
     return value.value > 0
 
 
+@cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None)
     libc.calloc.restype = ctypes.c_void_p
