@@ -1,20 +1,27 @@
 // Sylvester-Hadamard transforms of 256 columns a warp, of which lane l has those from 8l on, and of several such chunks.
 
-__device__ __forceinline__ void load_signed(float* v, const u16* x, const u8* signs, int col) {
-  const uint4 raw = *(const uint4*)(x + col);
-  const u32 sign = signs[col / 8], w[4] = {raw.x, raw.y, raw.z, raw.w};
+// Eight columns, those whose bit of `negative` is set with the other sign.
+__device__ __forceinline__ void unpack_signed(float* v, uint4 raw, u32 negative) {
+  const u32 w[4] = {raw.x, raw.y, raw.z, raw.w};
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float f = from16((u16)(w[i / 2] >> 16 * (i % 2)));
-    v[i] = sign >> i & 1 ? -f : f;
+    v[i] = negative >> i & 1 ? -f : f;
   }
+}
+__device__ __forceinline__ void load_signed(float* v, const u16* x, const u8* signs, int col) {
+  unpack_signed(v, *(const uint4*)(x + col), signs[col / 8]);
+}
+// Of what a lane has alone. Not normalized.
+template <int COUNT> __device__ __forceinline__ void hadamard(float* v) {
+  #pragma unroll
+  for (int h = 1; h < COUNT; h *= 2)
+    #pragma unroll
+    for (int i = 0; i < COUNT; ++i) if (!(i & h)) { const float a = v[i], b = v[i | h]; v[i] = a + b; v[i | h] = a - b; }
 }
 // Not normalized.
 __device__ __forceinline__ void hadamard256(float* v, int lane) {
-  #pragma unroll
-  for (int h = 1; h < 8; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) if (!(i & h)) { const float a = v[i], b = v[i | h]; v[i] = a + b; v[i | h] = a - b; }
+  hadamard<8>(v);
   #pragma unroll
   for (int h = 1; h < 32; h *= 2) {
     const float sign = lane & h ? -1 : 1;

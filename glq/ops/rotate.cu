@@ -102,12 +102,6 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
 // after the other, whose x comes while those before are transformed. 2 · AT_ONCE · WIDTH floats of shared memory.
 static constexpr int LANES = 16 * CHUNKS, AT_ONCE = 128 / LANES;
 
-__device__ __forceinline__ void hadamard16(float* v) {
-  #pragma unroll
-  for (int h = 1; h < 16; h *= 2)
-    #pragma unroll
-    for (int i = 0; i < 16; ++i) if (!(i & h)) { const float a = v[i], b = v[i | h]; v[i] = a + b; v[i | h] = a - b; }
-}
 // Where a column lies in shared memory, so that in no pass two lanes want the same bank.
 __device__ __forceinline__ int swizzled(int col) {
   const int q = col / 16, at = q ^ (q / 16 & 1);
@@ -133,14 +127,10 @@ rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tok
     float* const now = values + turn * AT_ONCE * WIDTH, * const mine = now + slot * WIDTH;
     float v[16];
     if (slot < AT_ONCE) {
-      const u32 words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w, raw[1].x, raw[1].y, raw[1].z, raw[1].w};
-      #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float f = from16((u16)(words[i / 2] >> 16 * (i % 2)));
-        v[i] = negative >> i & 1 ? -f : f;
-      }
+      unpack_signed(v, raw[0], negative);
+      unpack_signed(v + 8, raw[1], negative >> 8);
       request(first + step + slot);
-      hadamard16(v);
+      hadamard<16>(v);
       #pragma unroll
       for (int i = 0; i < 16; i += 4) *(float4*)(mine + swizzled(16 * lane + i)) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
     }
@@ -149,7 +139,7 @@ rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tok
       const int col = lane / 16 * 256 + lane % 16;
       #pragma unroll
       for (int i = 0; i < 16; ++i) v[i] = mine[swizzled(col + 16 * i)];
-      hadamard16(v);
+      hadamard<16>(v);
       #pragma unroll
       for (int i = 0; i < 16; ++i) mine[swizzled(col + 16 * i)] = v[i];
     }
