@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from glq.ops import triton_matmul  # noqa: E402
+from glq.ops import triton_matmul, triton_rotate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ("trellis-2.75", "e8-3.5", "nested-3")
@@ -138,9 +138,9 @@ def test_rotation(block):
     x = torch.randn(2, max(block, 16 // block * block)).to(DEVICE)
     signs = torch.randint(0, 256, (-(-x.shape[1] // 8),), dtype=torch.uint8).to(DEVICE)
     exact = rotate_reference(x.double(), unpack_signs(signs, x.shape[1]), block)
-    y = triton_matmul.rotate(x, signs, block)
+    y = triton_rotate.rotate(x, signs, block)
     assert (y - exact).norm() < 1e-6 * exact.norm()
-    half = triton_matmul.rotate(x.bfloat16(), signs, block)
+    half = triton_rotate.rotate(x.bfloat16(), signs, block)
     exact = rotate_reference(x.bfloat16().double(), unpack_signs(signs, x.shape[1]), block)
     assert half.dtype == torch.bfloat16
     assert (half - exact).norm() < 2 * (exact.bfloat16() - exact).norm() + 1e-6 * exact.norm()

@@ -29,7 +29,7 @@ def applies(x: Tensor, weights: PackedExperts, pairs: int) -> bool:
 
 def matmul(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """As ops.experts, where Triton compiles; some rows of all experts at a time."""
-    from glq.ops.triton_matmul import rotate
+    from glq.ops.triton_rotate import rotate
 
     order, ends = sort_pairs(expert_of, weights.count)
     known = torch.arange(len(order), device=x.device)[:, None] < ends[-1]

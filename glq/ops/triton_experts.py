@@ -9,7 +9,8 @@ from torch import Tensor
 
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.ops.triton_experts_kernel import experts_kernel
-from glq.ops.triton_matmul import TYPES, rotate_apart
+from glq.ops.triton_matmul import TYPES
+from glq.ops.triton_rotate import rotate_apart
 from glq.ops.triton_tables import decoder, decoding_table
 from glq.packed import PackedExperts
 

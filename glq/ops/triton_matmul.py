@@ -15,12 +15,12 @@ from torch import Tensor
 
 from glq.codecs import get_codec
 from glq.codecs.packing import tile_rows
-from glq.ops.triton_kernels import add_parts_kernel, dequantize_kernel, multiply_kernel, rotate_kernel
-from glq.ops.triton_tables import decoder, decoding_table, hadamard_factors, multiprocessors
+from glq.ops.triton_kernels import add_parts_kernel, dequantize_kernel, multiply_kernel
+from glq.ops.triton_rotate import rotate, rotate_apart
+from glq.ops.triton_tables import decoder, decoding_table, multiprocessors
 
 FEW = 64  # tokens; accumulators of more would not fit in registers
 _WARPS = 4
-_ROTATE_WARPS = 8  # with 4, its fp32 products of 64 columns spill registers
 _STAGES = 1  # the kernel fetches codes ahead itself; Triton's pipeliner would put the tables' gathers in its queue, too
 _PROGRAMS = 4  # wanted a multiprocessor, to hide the latency of loads
 _SUM_ROWS = 256
@@ -40,26 +40,6 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
         if tokens:
             _multiply(rotate_apart(flat, signs, block, codes.shape[1]), codes, scale, codec, in_features, y)
     return y.view(*x.shape[:-1], out_features)
-
-
-def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """R·x for each row of x, computed in fp32.
-
-    x [..., in] fp32, fp16 or bf16; signs [⌈in / 8⌉] uint8, as in PackedLinear; block divides `in`. Returns x's shape
-    and dtype, contiguous.
-    """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
-        with torch.cuda.device_of(x):
-            _rotate(x.reshape(-1, x.shape[-1]).contiguous(), signs, block, y, (x.shape[-1], 1, 2))
-    return y
-
-
-def rotate_apart(x: Tensor, signs: Tensor, block: int, col_tiles: int) -> Tensor:
-    """x [tokens, in] contiguous → [2, tokens, 32 · column tiles]: R·x's even columns, then its odd ones."""
-    y = x.new_empty(2, len(x), 32 * col_tiles)
-    _rotate(x, signs, block, y, (y.stride(1), y.stride(0), 1))
-    return y
 
 
 def dequantize(
@@ -93,26 +73,6 @@ def parts_of_a_row(row_tiles: int, col_tiles: int, tokens: int, processors: int)
     """
     wanted = math.ceil(_PROGRAMS * processors / row_tiles)
     return max(1, min(wanted, col_tiles // max(4, tokens // 4)))
-
-
-def _rotate(x: Tensor, signs: Tensor, block: int, y: Tensor, strides: tuple[int, int, int]) -> None:
-    """x [tokens, in] contiguous → y, with the strides of a token, of a column's parity and of a pair of columns."""
-    tokens, in_features = x.shape
-    factors = hadamard_factors(block, x.device)
-    rotate_kernel[(tokens, in_features // block, math.ceil(factors.a / 16))](
-        x,
-        signs,
-        factors.left,
-        factors.right,
-        y,
-        in_features,
-        *strides,
-        A=factors.a,
-        P=factors.p,
-        P_PAD=max(factors.p, 16),
-        num_warps=_ROTATE_WARPS,
-        num_stages=_STAGES,
-    )
 
 
 def _multiply(

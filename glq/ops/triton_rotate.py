@@ -1,0 +1,51 @@
+"""Rotations of x with Triton: what is launched for each kind of product (triton_rotate_kernel.py has the kernel)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from glq.ops.triton_rotate_kernel import rotate_kernel
+from glq.ops.triton_tables import hadamard_factors
+
+_WARPS = 8  # with 4, the fp32 products of 64 columns spill registers
+
+
+def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    """R·x for each row of x, computed in fp32.
+
+    x [..., in] fp32, fp16 or bf16; signs [⌈in / 8⌉] uint8, as in PackedLinear; block divides `in`. Returns x's shape
+    and dtype, contiguous.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        with torch.cuda.device_of(x):
+            _rotate(x.reshape(-1, x.shape[-1]).contiguous(), signs, block, y, (x.shape[-1], 1, 2))
+    return y
+
+
+def rotate_apart(x: Tensor, signs: Tensor, block: int, col_tiles: int) -> Tensor:
+    """x [tokens, in] contiguous → [2, tokens, 32 · column tiles]: R·x's even columns, then its odd ones."""
+    y = x.new_empty(2, len(x), 32 * col_tiles)
+    _rotate(x, signs, block, y, (y.stride(1), y.stride(0), 1))
+    return y
+
+
+def _rotate(x: Tensor, signs: Tensor, block: int, y: Tensor, strides: tuple[int, int, int]) -> None:
+    """x [tokens, in] contiguous → y, with the strides of a token, of a column's parity and of a pair of columns."""
+    tokens, in_features = x.shape
+    factors = hadamard_factors(block, x.device)
+    rotate_kernel[(tokens, in_features // block, math.ceil(factors.a / 16))](
+        x,
+        signs,
+        factors.left,
+        factors.right,
+        y,
+        in_features,
+        *strides,
+        A=factors.a,
+        P=factors.p,
+        P_PAD=max(factors.p, 16),
+        num_warps=_WARPS,
+        num_stages=1,
+    )
