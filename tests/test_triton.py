@@ -13,10 +13,11 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from glq.ops import triton_matmul, triton_rotate  # noqa: E402
+from glq.ops import triton_matmul, triton_nvidia, triton_one_token, triton_rotate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ("trellis-2.75", "e8-3.5", "nested-3")
+PLANNED = ("trellis-2", "trellis-2.5", "trellis-3", "trellis-3.5", "trellis-4", "e8-2", "nested-3")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -99,6 +100,66 @@ def test_matmul_of_few_tokens(codec, dtype, tokens):
     check_matmul(random_packed(codec, 70, 75, 25), torch.randn(tokens, 75).to(DEVICE, dtype))
 
 
+@pytest.mark.parametrize(("codec", "processors"), [*((c, 1) for c in PLANNED), ("trellis-2", 100), ("trellis-4", 100)])
+def test_one_token_by_each_plan(codec, processors, monkeypatch):
+    """19 column tiles: no plan takes as many at a time, nor a part of them in whole numbers."""
+    monkeypatch.setattr(triton_one_token, "multiprocessors", lambda device: processors)
+    check_matmul(random_packed(codec, 70, 1216, 64), torch.randn(1, 1216).to(DEVICE, torch.float16))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_plans_leave_no_thread_without_words(codec):
+    words = 8 if codec == "trellis-3" else 1  # whole lanes
+    for row_tiles in (1, 64, 131, 132, 448, 4001):
+        plan = triton_one_token.plan_of(codec, row_tiles, 132)
+        assert plan.group in (1, 2, 4, 8)
+        assert all(n & (n - 1) == 0 for n in (plan.tiles, plan.warps))
+        assert plan.group * plan.tiles * 32 >= plan.warps * 32 * words
+
+
+@pytest.mark.parametrize(("block", "cols"), [(1, 65), (64, 320), (192, 384), (75, 225)])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_rotation_to_words(block, cols, size):
+    x, signs = torch.randn(cols).to(DEVICE), torch.full((48,), 0xB1, dtype=torch.uint8).to(DEVICE)
+    y = triton_rotate.rotate_to_words(x, signs, block, 512, size)
+    exact = torch.zeros(512, device=DEVICE)
+    exact[:cols] = triton_rotate.rotate(x, signs, block)
+    lanes = exact.view(8, 4, 8 // size, size, 2)  # [tile, t, step, word, column]
+    assert torch.allclose(y, lanes.transpose(1, 2).flatten(), atol=1e-5)
+
+
+def test_an_older_triton_starts_no_kernel_early(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    early = triton_nvidia.starts_early.__wrapped__
+    assert early(device) == (triton_nvidia.gdc_wait is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert not early(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_nvidia, "gdc_wait", None)
+    assert not early(device)
+
+
+def test_early_starts_change_no_bit(monkeypatch):
+    """Products that read what the one before wrote, with nothing between them."""
+    if DEVICE == "cpu" or not triton_nvidia.starts_early(torch.device("cuda", 0)):
+        pytest.skip("no kernel starts early here")
+
+    def last(weights: list[PackedLinear]) -> torch.Tensor:
+        y = torch.linspace(-1, 1, 768, device=DEVICE)
+        for p in weights:
+            y = triton_matmul.matmul(y, *arguments(p))
+        return y
+
+    weights = [random_packed(codec, 768, 768, block) for codec in PLANNED for block in (256, 384)]
+    early = [last(weights) for _ in range(3)]  # the first compiles
+    monkeypatch.setattr(triton_nvidia, "starts_early", lambda device: False)
+    late = last(weights)
+    assert late.isfinite().all()
+    assert all(torch.equal(y, late) for y in early)
+
+
 @pytest.mark.parametrize("codec", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0,), (17,), (2, 35)])
@@ -107,7 +168,7 @@ def test_matmul_of_more_tokens(codec, dtype, shape):
 
 
 @pytest.mark.parametrize("codec", FAMILIES)
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [2, 17])
 def test_sums_in_parts_are_as_good_and_always_the_same(codec, tokens, monkeypatch):
     monkeypatch.setattr(triton_matmul, "multiprocessors", lambda device: 100)
     p = random_packed(codec, 40, 784, 784)  # 13 column tiles: three parts, of 5, 4 and 4
@@ -147,7 +208,7 @@ def test_rotation(block):
 
 
 @pytest.mark.parametrize(
-    ("row_tiles", "col_tiles", "tokens", "parts"), [(2, 3, 1, 1), (64, 64, 1, 9), (64, 64, 64, 4), (2000, 64, 1, 1)]
+    ("row_tiles", "col_tiles", "tokens", "parts"), [(2, 3, 2, 1), (64, 64, 2, 9), (64, 64, 64, 4), (2000, 64, 2, 1)]
 )
 def test_rows_are_split_where_their_tiles_do_not_fill_the_gpu(row_tiles, col_tiles, tokens, parts):
     assert triton_matmul.parts_of_a_row(row_tiles, col_tiles, tokens, 132) == parts

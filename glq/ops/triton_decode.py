@@ -2,10 +2,11 @@
 
 docs/FORMAT.md says what the codes mean. Tensors are laid out [i, g, c]: a lane's word of row g and columns 2c, 2c + 1
 gives the pairs of rows 8·i + g. With i the slowest axis a thread holds all pairs of a word, so that what the word costs
-(loads, sums over its weights) is paid once for them all, and shifts by multiples of i are constants.
+(loads, sums over its weights) is paid once for them all, and shifts by multiples of i are constants. Words have a first
+axis of 1 for i; what comes after it may be of another shape (triton_words.py).
 
 Every family has one table (triton_tables.py) and two numbers FIRST and SECOND:
-    trellis   log₂ of the table's pairs, 0
+    trellis   log₂ of the table's pairs, whether they have their signs
     e8        log₂ of a half coset's entries in the first stage and in the second (0 if there is none)
     nested    q, bits of a low digit
 """
@@ -29,12 +30,20 @@ def load_table(table, FAMILY: tl.constexpr, INDEX_BITS: tl.constexpr):
 
 @triton.jit
 def load_words(tile, CODE_BITS: tl.constexpr, FAMILY: tl.constexpr):
-    """tile: u32 pointer → the words [8, 32] u64 of a tile, and for a trellis at least 16 bits of the next ones, u32.
+    """tile: u32 pointer → the words [1, 8, 32] of a tile, and for a trellis the next ones, as lane_words has them.
 
-    Element [g, c] is word c % 8 of lane 4·g + c // 8. Other families get their words twice.
+    Element [0, g, c] is word c % 8 of lane 4·g + c // 8.
     """
-    lane = tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 32)[None, :] // 8
-    j = tl.arange(0, 32)[None, :] % 8
+    lane = tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 32)[None, None, :] // 8
+    return lane_words(tile, lane, tl.arange(0, 32)[None, None, :] % 8, CODE_BITS, FAMILY)
+
+
+@triton.jit
+def lane_words(tile, lane, j, CODE_BITS: tl.constexpr, FAMILY: tl.constexpr):
+    """Words j of lanes, u64, and for a trellis at least 16 bits of the next ones of their strips, u32.
+
+    Other families get their words twice.
+    """
     words = _word_bits(tile, lane, j, CODE_BITS, CODE_BITS)
     if CODE_BITS < 64:
         words = words & ((1 << CODE_BITS) - 1)
@@ -92,7 +101,7 @@ def decode_tile(
     elif FAMILY == "e8":
         even, odd = _e8_values(words.to(tl.uint32), table, FIRST, SECOND)
     else:
-        even, odd = _nested_values(words.to(tl.uint32), table, FIRST, SECOND)
+        even, odd = nested_values(words.to(tl.uint32), table, FIRST, SECOND)
     return tl.reshape(even.to(DTYPE), (ROWS, 32)), tl.reshape(odd.to(DTYPE), (ROWS, 32))
 
 
@@ -115,11 +124,7 @@ def _trellis_values(
 ):
     """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNED: with signs."""
     PAIR: tl.constexpr = tl.float16 if DTYPE.is_fp32() else DTYPE
-    begin = CODE_BITS * tl.arange(0, 8)[:, None, None] // 8
-    own = (words[None, :, :] >> begin.to(tl.uint64)).to(tl.uint32)
-    # a pair with all its 16 bits in its own word shifts the next word's out of them
-    spill = following[None, :, :] << tl.minimum(CODE_BITS - begin, 16).to(tl.uint32)
-    h = ((own | spill) & 0xFFFF) * _MULTIPLIER
+    h = trellis_states(words, following, CODE_BITS)
     if SIGNED:
         pair = _look_up(table, (h & 0xFFFF) >> (16 - INDEX_BITS))
     else:
@@ -127,6 +132,16 @@ def _trellis_values(
     even = pair.to(tl.uint16).to(PAIR, bitcast=True)
     odd = (pair >> 16).to(tl.uint16).to(PAIR, bitcast=True)
     return even, odd
+
+
+@triton.jit
+def trellis_states(words, following, CODE_BITS: tl.constexpr):
+    """The hashed states [8, …] u32 of words and what follows them in their strips."""
+    begin = CODE_BITS * tl.arange(0, 8)[:, None, None] // 8
+    own = (words >> begin.to(words.dtype)).to(tl.uint32)
+    # a pair with all its 16 bits in its own word shifts the next word's out of them
+    spill = following << tl.minimum(CODE_BITS - begin, 16).to(tl.uint32)
+    return ((own | spill) & 0xFFFF) * _MULTIPLIER
 
 
 @triton.jit
@@ -145,8 +160,8 @@ def _e8_stage(words, table, ENTRY_BITS: tl.constexpr):
     """table: u64 pointer to pairs of fp32, two for each entry of a half table."""
     i = tl.arange(0, 4)[:, None, None]
     coset = (words >> (2 * ENTRY_BITS)) & 3
-    half = tl.where(i < 2, (words >> ENTRY_BITS)[None, :, :], words[None, :, :]) & ((1 << ENTRY_BITS) - 1)
-    entry = ((coset << ENTRY_BITS)[None, :, :] + half).to(tl.int32)
+    half = tl.where(i < 2, words >> ENTRY_BITS, words) & ((1 << ENTRY_BITS) - 1)
+    entry = ((coset << ENTRY_BITS) + half).to(tl.int32)
     pair = tl.load(table + (entry * 2 + (i & 1)))  # with i % 2 Triton sees runs of two, and moves all to suit them
     even = pair.to(tl.uint32).to(tl.float32, bitcast=True)
     odd = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
@@ -154,7 +169,7 @@ def _e8_stage(words, table, ENTRY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _nested_values(words, table, Q: tl.constexpr, LOW_BITS: tl.constexpr):
+def nested_values(words, table, Q: tl.constexpr, LOW_BITS: tl.constexpr):
     """Pairs [4, 8, 32] in fp32; integers up to one product with β/2.
 
     d and r are those of u = 0. Those of u = Q follow from them: d' = d ± Q, |d'| = Q − |d|, and r' = r − 1 where d < 0;
@@ -164,26 +179,26 @@ def _nested_values(words, table, Q: tl.constexpr, LOW_BITS: tl.constexpr):
     SCALE_BIT: tl.constexpr = 8 * LOW_BITS + (13 if Q % 3 == 0 else 0)
     if Q % 3 == 0:
         high = tl.load(table + 16 + ((words >> (8 * LOW_BITS)) & 0x1FFF))
-    half_beta = tl.load(table + (words >> SCALE_BIT)).to(tl.float32, bitcast=True)[None, :, :]
+    half_beta = tl.load(table + (words >> SCALE_BIT)).to(tl.float32, bitcast=True)
     even, odd = _nested_point(words, high, Q, LOW_BITS)
     even, even_r = _nested_remainder(even, Q)
     odd, odd_r = _nested_remainder(odd, Q)
     # sizes with the sign as their lowest bit; with twice an index added, they order as |d| and then as the index
     even_size, odd_size = _nested_size(even), _nested_size(odd)
     k = 2 * tl.arange(0, 4)[:, None, None]
-    largest = tl.max(tl.maximum(even_size + 2 * (7 - k), odd_size + 2 * (6 - k)), 0)
-    smallest = tl.min(tl.minimum(even_size + 2 * k, odd_size + 2 * (k + 1)), 0)
-    total = tl.sum(even_size + odd_size, 0)
-    parity = tl.sum(even_r + odd_r, 0) & 1
+    largest = tl.max(tl.maximum(even_size + 2 * (7 - k), odd_size + 2 * (6 - k)), 0, keep_dims=True)
+    smallest = tl.min(tl.minimum(even_size + 2 * k, odd_size + 2 * (k + 1)), 0, keep_dims=True)
+    total = tl.sum(even_size + odd_size, 0, keep_dims=True)
+    parity = tl.sum(even_r + odd_r, 0, keep_dims=True) & 1
     other_parity = (parity + total) & 1
     other = 4 * Q - (total >> 4) + 2 * other_parity * (smallest >> 4) < 2 * parity * (Q - (largest >> 4))
     # the worst component is never 0: y₀ and y₁ have different parities, so some component is not 0 modulo Q
     worst = tl.where(other, smallest >> 1, 7 - (largest >> 1)) & 7
     upwards = tl.where(other, (smallest & 1) ^ 1, largest & 1)
     flip = 2 * Q * tl.where(other, other_parity, parity) * (2 * upwards - 1)
-    move = tl.where(other, Q, 0)[None, :, :]
-    even += tl.where(even < 0, move, -move) + tl.where(worst[None, :, :] == k, flip[None, :, :], 0)
-    odd += tl.where(odd < 0, move, -move) + tl.where(worst[None, :, :] == k + 1, flip[None, :, :], 0)
+    move = tl.where(other, Q, 0)
+    even += tl.where(even < 0, move, -move) + tl.where(worst == k, flip, 0)
+    odd += tl.where(odd < 0, move, -move) + tl.where(worst == k + 1, flip, 0)
     return even.to(tl.float32) * half_beta, odd.to(tl.float32) * half_beta
 
 
@@ -191,10 +206,10 @@ def _nested_values(words, table, Q: tl.constexpr, LOW_BITS: tl.constexpr):
 def _nested_point(words, high, Q: tl.constexpr, LOW_BITS: tl.constexpr):
     """The digits' point y ≥ 0: its even components and its odd ones, both [4, 8, 32] int32."""
     i = tl.arange(0, 4)[:, None, None]
-    even = _nested_digit(words[None, :, :], high[None, :, :], 2 * i, Q, LOW_BITS)
-    odd = _nested_digit(words[None, :, :], high[None, :, :], 2 * i + 1, Q, LOW_BITS)
-    last = _nested_digit(words, high, 7, Q, LOW_BITS)[None, :, :]
-    six = tl.sum(tl.where(i < 3, even + odd, 0), 0)[None, :, :]
+    even = _nested_digit(words, high, 2 * i, Q, LOW_BITS)
+    odd = _nested_digit(words, high, 2 * i + 1, Q, LOW_BITS)
+    last = _nested_digit(words, high, 7, Q, LOW_BITS)
+    six = tl.sum(tl.where(i < 3, even + odd, 0), 0, keep_dims=True)
     even = 2 * even + last + tl.where(i == 0, 1, tl.where(i == 3, 2 * (six + even), 0))
     odd = tl.where(i == 3, last, 2 * odd + last)
     return even, odd

@@ -27,42 +27,32 @@ def multiply_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """One row of tiles, every `parts`-th of them, times the same columns of x; TOKENS ≥ tokens is 1 or at least 16.
+    """One row of tiles, every `parts`-th of them, times the same columns of x; TOKENS ≥ tokens is at least 16.
 
-    x [2, tokens, 32 · col_tiles]: the even columns, then the odd ones; what is beyond `cols` is not read. Its dtype is
-    DTYPE, but for one token, where DTYPE is fp32 and x may be anything. Writes y [tokens, rows] with the scales where
-    it is the WHOLE sum, otherwise partial [parts, tokens, tile rows · row tiles] fp32 without them.
+    x [2, tokens, 32 · col_tiles] of DTYPE: the even columns, then the odd ones; what is beyond `cols` is not read.
+    Writes y [tokens, rows] with the scales where it is the WHOLE sum, otherwise partial [parts, tokens, tile rows · row
+    tiles] fp32 without them.
     """
     ROWS: tl.constexpr = 64 if FAMILY == "trellis" else 32
     row_tile, part = tl.program_id(0), tl.program_id(1)
     row_codes = codes + row_tile.to(tl.int64) * col_tiles * (8 * CODE_BITS)
     token = tl.arange(0, TOKENS)[None, :]
     odd_x = x + tokens * col_tiles * 32
-    acc = tl.zeros((ROWS, 32 if TOKENS == 1 else TOKENS), tl.float32)
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
     held = load_table(table, FAMILY, FIRST)
     words, following = load_words(row_codes + part * (8 * CODE_BITS), CODE_BITS, FAMILY)
     for tile in range(part, col_tiles, parts):
         # the next tile's codes are under way while this one is decoded
         ahead = tl.minimum(tile + parts, col_tiles - 1)
         next_words, next_following = load_words(row_codes + ahead * (8 * CODE_BITS), CODE_BITS, FAMILY)
-        if TOKENS == 1:
-            k = tile * 32 + tl.arange(0, 32)[None, :]
-            x0 = tl.load(x + k, mask=2 * k < cols, other=0.0).to(tl.float32)
-            x1 = tl.load(odd_x + k, mask=2 * k + 1 < cols, other=0.0).to(tl.float32)
-            even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
-            acc += even * x0
-            acc += odd * x1
-        else:
-            k = tile * 32 + tl.arange(0, 32)[:, None]
-            at = token * (col_tiles * 32) + k
-            x0 = tl.load(x + at, mask=(2 * k < cols) & (token < tokens), other=0.0)
-            x1 = tl.load(odd_x + at, mask=(2 * k + 1 < cols) & (token < tokens), other=0.0)
-            even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
-            acc = tl.dot(even, x0, acc, input_precision="ieee")
-            acc = tl.dot(odd, x1, acc, input_precision="ieee")
+        k = tile * 32 + tl.arange(0, 32)[:, None]
+        at = token * (col_tiles * 32) + k
+        x0 = tl.load(x + at, mask=(2 * k < cols) & (token < tokens), other=0.0)
+        x1 = tl.load(odd_x + at, mask=(2 * k + 1 < cols) & (token < tokens), other=0.0)
+        even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)
+        acc = tl.dot(even, x0, acc, input_precision="ieee")
+        acc = tl.dot(odd, x1, acc, input_precision="ieee")
         words, following = next_words, next_following
-    if TOKENS == 1:
-        acc = tl.sum(acc, 1)[:, None]
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     if WHOLE:
         s = tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)

@@ -1,9 +1,9 @@
 """y = x · Wᵀ for a packed W with Triton: on any GPU that it compiles for, and on the CPU under its interpreter.
 
-Up to `FEW` tokens the weights are decoded in registers and multiplied there, every tile once for all tokens. More
-tokens are worth a matrix of decoded weights and PyTorch's own product. Importing this module needs triton; nothing here
-waits for the GPU or reads from it, and what is kept (tables, factors) is made at the first call, which must come before
-a CUDA graph is captured.
+One token has a kernel of its own (triton_one_token.py). Up to `FEW` tokens the weights are decoded in registers and
+multiplied there, every tile once for all tokens. More tokens are worth a matrix of decoded weights and PyTorch's own
+product. Importing this module needs triton; nothing here waits for the GPU or reads from it, and what is kept (tables,
+factors) is made at the first call, which must come before a CUDA graph is captured.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glq.codecs import get_codec
 from glq.codecs.packing import tile_rows
+from glq.ops import triton_one_token
 from glq.ops.triton_kernels import add_parts_kernel, dequantize_kernel, multiply_kernel
 from glq.ops.triton_rotate import rotate, rotate_apart
 from glq.ops.triton_tables import decoder, decoding_table, multiprocessors
@@ -37,7 +38,9 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
             return rotate(x, signs, block) @ weight.T
         flat = x.reshape(tokens, in_features).contiguous()
         y = x.new_empty(tokens, out_features)
-        if tokens:
+        if tokens == 1:
+            triton_one_token.matmul(flat[0], codes, scale, signs, codec, block, y[0])
+        elif tokens:
             _multiply(rotate_apart(flat, signs, block, codes.shape[1]), codes, scale, codec, in_features, y)
     return y.view(*x.shape[:-1], out_features)
 
@@ -82,13 +85,12 @@ def _multiply(
     tokens, out_features = y.shape
     row_tiles, col_tiles, _ = codes.shape
     parts = parts or parts_of_a_row(row_tiles, col_tiles, tokens, multiprocessors(x.device))
-    values = torch.float32 if tokens == 1 else x.dtype  # one token needs no tensor cores, and so no rounding for them
     padded_rows = row_tiles * tile_rows(get_codec(codec).group)
     partial = x.new_empty(parts, tokens, padded_rows, dtype=torch.float32) if parts > 1 else y
     multiply_kernel[(row_tiles, parts)](
         codes.contiguous().view(torch.uint32),
         x,
-        decoding_table(codec, values, x.device),
+        decoding_table(codec, x.dtype, x.device),
         scale,
         y,
         partial,
@@ -97,9 +99,9 @@ def _multiply(
         tokens,
         col_tiles,
         parts,
-        TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
         WHOLE=parts == 1,
-        DTYPE=TYPES[values],
+        DTYPE=TYPES[x.dtype],
         **decoder(codec).constants,
         num_warps=_WARPS,
         num_stages=_STAGES,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glq.codecs import Codec, get_codec
-from glq.codecs.e8 import FactoredE8, ResidualE8
+from glq.codecs.e8 import FactoredE8, ResidualE8, half_table
 from glq.codecs.lattice import constant
 from glq.codecs.nested import NestedE8
 from glq.codecs.trellis import Trellis, pair_table, signed_table
@@ -63,6 +63,39 @@ def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tens
         table = torch.cat([_half_pairs(stage) * gain for stage, gain in _stages(c)])
         table = table.view(torch.int64).view(-1).view(torch.uint64)
     return table.to(device)
+
+
+@cache
+def one_token_table(codec: str, device: torch.device) -> Tensor:
+    """The table of a codec for triton_one_token.py.
+
+    trellis: u32 pairs of fp16. Where decoding_table has no signs, for 10 table bits, this has the first of the two: the
+    index is bits 17 … 7 of the hash, among which it is bit 15. e8: u64, the four fp16 of an entry of a half table in
+    units of the lattice, for each stage; filled up to a power of two. nested: as decoding_table.
+    """
+    c = get_codec(codec)
+    if isinstance(c, Trellis) and not c.signed_lookup:
+        i = torch.arange(2048)
+        pairs = pair_table(c)[i & 0xFF | i >> 1 & 0x300]
+        pairs[:, 0] *= (1 - 2 * (i >> 8 & 1)).half()
+        return pairs.contiguous().view(torch.int32).view(-1).view(torch.uint32).to(device)
+    if isinstance(c, Trellis | NestedE8):
+        return decoding_table(codec, torch.float16, device)
+    halves = torch.cat([half_table(stage.entries, _CPU) for stage, _ in _stages(c)]).half()
+    table = torch.zeros(1 << (len(halves) - 1).bit_length(), 4, dtype=torch.float16)
+    table[: len(halves)] = halves
+    return table.view(torch.int64).view(-1).view(torch.uint64).to(device)
+
+
+@cache
+def units(codec: str) -> tuple[float, float]:
+    """The unit of an E8 code's first lattice in weights, and of its second in the first; 1 for others."""
+    c = get_codec(codec)
+    if isinstance(c, Trellis | NestedE8):
+        return 1.0, 1.0
+    stages = _stages(c)
+    first, last = stages[0][0].density, stages[-1]
+    return 1 / first, last[1] / last[0].density * first
 
 
 def _stages(codec: Codec) -> list[tuple[FactoredE8, float]]:
