@@ -1,11 +1,13 @@
 """Tokens a second of `generate` with random weights of a Llama's shape, quantized and in bf16, both in CUDA graphs.
 
     python bench/generate.py OUT.json [--codecs trellis-4 …] [--batch 1] [--prompt 128] [--new 128] [--layers 32]
-                                      [--compile]
+                                      [--compile] [--plain] [--profile]
 
 --compile has transformers compile both models (Inductor, which captures graphs, too) in the place of our graphs. Both
-models write from the same prompt into a static cache. The quantized model's layers are fused as those of a loaded one.
-Before it is timed, its first block's layers are checked against PyTorch's products with their dequantized weights.
+models write from the same prompt into a static cache. The quantized model's layers are fused as those of a loaded one,
+and so are the small operations between them; --plain times it without the latter, too. Before it is timed, its first
+block's layers are checked against PyTorch's products with their dequantized weights, and the logits of fused steps
+against those of plain ones. --profile prints which kernels a step's time goes to.
 """
 
 import argparse
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from glq.codecs import CODECS
 from glq.fused import fuse
-from glq.graphs import decode_in_graphs
+from glq.graphs import GraphedForward, decode_in_graphs
 from glq.linear import QuantLinear
 from glq.rotation import block_width
 
@@ -46,7 +49,6 @@ def dense_model(layers: int, device: str = "cuda", **changes: int) -> LlamaForCa
     width = config.head_dim
     inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, device=device) / width)
     model.model.rotary_emb.inv_freq.copy_(inverse)
-    decode_in_graphs(model)
     return model.eval()
 
 
@@ -87,23 +89,108 @@ def check(model: LlamaForCausalLM) -> None:
                 assert error < 2 * plain + 0.003 * exact.norm().item(), (error, plain)
 
 
+@torch.no_grad()
+def check_steps(model: LlamaForCausalLM, batch: int, steps: int = 8) -> float:
+    """How far logits of fused steps are from those of plain ones, relative to the latter; the graph is replayed."""
+    ids = torch.randint(0, 1000, (batch, steps + 16), generator=torch.Generator().manual_seed(1)).to(model.device)
+
+    def logits(fused: bool) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=300)
+        forward = GraphedForward(model.__call__, fused)
+        model(input_ids=ids[:, :16], past_key_values=cache)
+        found = []
+        for at in range(16, 16 + steps):
+            mask = (torch.arange(300, device=model.device) <= at).expand(batch, 1, 1, -1).contiguous()
+            where = {"attention_mask": mask, "position_ids": torch.full_like(ids[:, :1], at)}
+            step = forward(input_ids=ids[:, at : at + 1], past_key_values=cache, return_dict=True, **where)
+            found.append(step.logits.float().clone())
+        return torch.stack(found)
+
+    plain, fused = logits(False), logits(True)
+    error = ((fused - plain).norm() / plain.norm()).item()
+    assert error < 0.1, error
+    return error
+
+
+class Clock(LogitsProcessor):
+    """Starts when the first tokens are written, before which steps are recorded, compiled and captured."""
+
+    first = 8
+
+    def __init__(self) -> None:
+        self._calls, self.start = 0, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls == self.first:
+            torch.cuda.synchronize()
+            self.start = time.perf_counter()
+        return scores
+
+
 def speed(model: LlamaForCausalLM, batch: int, prompt: int, new: int, compiled: bool) -> float:
     """New tokens a second, all sequences together; the best of three."""
     ids = torch.randint(0, 1000, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     cache = StaticCache(config=model.config, max_cache_len=prompt + new)  # one for all runs: nothing is compiled again
-    how = {"compile_config": CompileConfig()} if compiled else {}
+    settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    if compiled:
+        settings["compile_config"] = CompileConfig()
 
-    def run(count: int) -> float:
+    def run() -> float:
         cache.reset()
+        clock = Clock()
+        model.generate(ids, past_key_values=cache, logits_processor=LogitsProcessorList([clock]), **settings)
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, past_key_values=cache, **how)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return batch * (new - clock.first) / (time.perf_counter() - clock.start)
 
-    for count in (8, new):
-        run(count)  # compiles and captures
-    return max(batch * (new - 8) / (run(new) - run(8)) for _ in range(3))  # prefill cancels out
+    run()
+    return max(run() for _ in range(3))
+
+
+class Window(LogitsProcessor):
+    """Profiles decoding steps, from the eighth on."""
+
+    first, steps = 8, 24
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.profile = profile(activities=[ProfilerActivity.CUDA])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls in (self.first, self.first + self.steps):
+            torch.cuda.synchronize()
+            (self.profile.start if self._calls == self.first else self.profile.stop)()
+        return scores
+
+
+def print_profile(model: LlamaForCausalLM, batch: int, prompt: int) -> None:
+    """Microseconds of a step by kernel; how long the GPU does nothing, and where most of that is."""
+    window = Window()
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 264)
+    ids = torch.randint(0, 1000, (batch, prompt), device=model.device)
+    count = window.first + window.steps + 2
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    model.generate(ids, past_key_values=cache, logits_processor=LogitsProcessorList([window]), **settings)
+    events = [e for e in window.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not events:
+        print("the profiler sees no kernels here")
+        return
+    events.sort(key=lambda e: e.time_range.start)
+    names: dict[str, list[float]] = {}
+    end = events[0].time_range.start
+    gaps: list[float] = []
+    for e in events:
+        names.setdefault(e.name, []).append(e.time_range.elapsed_us())
+        gaps.append(max(0.0, e.time_range.start - end))
+        end = max(end, e.time_range.end)
+    wall, idle = end - events[0].time_range.start, sum(gaps)
+    n = window.steps
+    print(f"profiled step {wall / n:.0f} us, GPU idle {idle / n:.0f} us, {len(events) / n:.0f} kernels and copies")
+    longest = sorted(gaps, reverse=True)[: 3 * n]
+    print("  a step's longest gaps, us:", *(round(sum(longest[i * n : i * n + n]) / n) for i in range(3)))
+    for name, times in sorted(names.items(), key=lambda item: -sum(item[1]))[:24]:
+        print(f"  {sum(times) / n:8.1f} us {len(times) / n:6.1f} x {sum(times) / len(times):7.2f}  {name[:100]}")
 
 
 def forget_compiled(model: LlamaForCausalLM) -> None:
@@ -121,25 +208,33 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     model = dense_model(args.layers)
     rows: list[dict[str, Any]] = []
-    for name in ("bf16", *args.codecs):
-        if name != "bf16":
+    by = "torch.compile" if args.compile else "graphs"
+    for name, fused in variants(args.codecs, args.plain):
+        row: dict[str, Any] = {"weights": name, "by": by, "fused": fused and not args.compile}
+        if name != "bf16" and (not rows or rows[-1]["weights"] != name):
             quantize_randomly(model, name)
             check(model)
+        if row["fused"]:
+            row["logits"] = check_steps(model, args.batch)
+        decode_in_graphs(model, fused)
         forget_compiled(model)
-        tokens = speed(model, args.batch, args.prompt, args.new, args.compile)
-        rows.append(
-            {
-                "weights": name,
-                "by": "torch.compile" if args.compile else "graphs",
-                "tokens_per_second": tokens,
-                "of_bf16": tokens / rows[0]["tokens_per_second"] if rows else 1,
-            }
-        )
-        print(rows[-1], flush=True)
+        row["tokens_per_second"] = speed(model, args.batch, args.prompt, args.new, args.compile)
+        row["of_bf16"] = row["tokens_per_second"] / (rows[0] if rows else row)["tokens_per_second"]
+        rows.append(row)
+        print(row, flush=True)
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if args.profile:
+            print_profile(model, args.batch, args.prompt)
+
+
+def variants(codecs: list[str], plain: bool) -> list[tuple[str, bool]]:
+    """What is timed: weights, and whether the steps are fused."""
+    return [("bf16", False), *((name, fused) for name in codecs for fused in ([False, True] if plain else [True]))]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ transformers' `generate` takes a compiled forward pass for its decoding steps wh
 starts in a second.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,23 +17,34 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from glq import nvrtc
 from glq.errors import GlqError
+from glq.step.program import Program
+from glq.step.record import record
 
 
 class GraphedForward:
     """A model's forward pass for one token a sequence, as a CUDA graph.
 
-    The first call with new sizes or a new cache runs as it is, which warms up; the second is captured; from then on
+    The first call with new sizes or a new cache runs as it is, which warms up; a later one is captured; from then on
     inputs are copied and the graph is replayed. Its output lies in the same memory each time. Whatever is no step with
     one token and a static cache runs as it is.
+
+    fused: the first call is recorded, and small operations become few kernels (glq.step). The second call is done both
+    ways, and if the two differ, the model's own pass is what is captured.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    def __init__(self, forward: Callable[..., Any], fused: bool = True) -> None:
+        self._forward, self._fused = forward, fused
         self._key: tuple[Any, ...] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._output: Any = None
+        self._unproven: Program | None = None
+        self._next: Callable[[], Any] | None = None  # a step on `_inputs`
 
     @torch.no_grad()
     def __call__(self, past_key_values: Any = None, **inputs: Any) -> Any:
@@ -43,29 +56,54 @@ class GraphedForward:
         shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
         key = (structure, others, shapes, _addresses(past_key_values))
         if key != self._key:
-            self._key, self._graph, self._output = key, None, None
-            return self._forward(past_key_values=past_key_values, **inputs)
-        if self._graph is None:
-            self._capture(past_key_values, given, structure)
+            self._key = key
+            return self._begin(past_key_values, given, structure)
         for kept, new in zip(self._inputs, tensors, strict=True):
             kept.copy_(new)
-        assert self._graph is not None
+        assert self._next is not None
+        if self._unproven is not None:
+            return self._prove(self._unproven, self._next)
+        if self._graph is None:
+            self._graph = self._capture(self._next)
         self._graph.replay()
         return self._output
 
-    def _capture(self, cache: Any, given: list[Any], structure: Any) -> None:
+    def _begin(self, cache: Any, given: list[Any], structure: Any) -> Any:
+        self._forget()
         kept = [x.clone() if isinstance(x, Tensor) else x for x in given]
         self._inputs = [x for x in kept if isinstance(x, Tensor)]
+        inputs = tree_unflatten(kept, structure)
+        self._next = partial(self._forward, past_key_values=cache, **inputs)
+        device = self._inputs[0].device
+        if not self._fused or not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+            return self._next()
+        output, recording = record(self._next)
+        try:
+            self._unproven = Program(recording, nvrtc.gpu(device))
+        except GlqError as error:
+            warnings.warn(f"the decoding step keeps its kernels: {error}", stacklevel=3)
+        return output
+
+    def _prove(self, program: Program, step: Callable[[], Any]) -> Any:
+        output, right = program.proves_right(step)
+        self._unproven = None
+        if right:
+            self._next = program.run
+        else:
+            warnings.warn("the decoding step keeps its kernels: done again, it is not the same", stacklevel=3)
+        return output
+
+    def _capture(self, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._output = self._forward(past_key_values=cache, **tree_unflatten(kept, structure))
+                self._output = step()
         except RuntimeError as error:
             raise GlqError(
                 "this model's decoding step cannot be captured as a CUDA graph: call generate with "
                 "disable_compile=True, or have it compiled with compile_config=CompileConfig()"
             ) from error
-        self._graph = graph
+        return graph
 
 
 def _addresses(cache: StaticCache) -> tuple[int, ...]:
@@ -89,8 +127,9 @@ def _is_step(cache: Any, inputs: dict[str, Any]) -> bool:
 class _Calls:
     """In the place of a model's `get_compiled_call`: a copy of the model, or one from a pickle, gets its own."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fused: bool) -> None:
         self._model = weakref.ref(model)  # weak: a model's memory is free as soon as it is deleted
+        self._fused = fused
 
     def __call__(self, compile_config: Any = None) -> Callable[..., Any]:
         """What `generate` decodes with; its graph ends with it, as does the cache that the graph writes into."""
@@ -99,15 +138,18 @@ class _Calls:
         devices = set(getattr(model, "hf_device_map", {}).values())
         if compile_config is not None or model.device.type != "cuda" or len(devices) > 1:
             return type(model).get_compiled_call(model, compile_config)
-        return GraphedForward(model.__call__)
+        return GraphedForward(model.__call__, self._fused)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model()}
+        return {"model": self._model(), "fused": self._fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = weakref.ref(state["model"])
+        self._model, self._fused = weakref.ref(state["model"]), state["fused"]
 
 
-def decode_in_graphs(model: PreTrainedModel) -> None:
-    """Have `generate` use graphs where it would compile, but not with a compile_config or on several GPUs."""
-    model.get_compiled_call = _Calls(model)
+def decode_in_graphs(model: PreTrainedModel, fused: bool = True) -> None:
+    """Have `generate` use graphs where it would compile, but not with a compile_config or on several GPUs.
+
+    fused: with fewer and faster kernels for what lies between the model's products.
+    """
+    model.get_compiled_call = _Calls(model, fused)

@@ -26,6 +26,7 @@ class Source:
     files: tuple[str, ...]  # relative to the package: "codecs/viterbi.cu"
     macros: tuple[tuple[str, int], ...]
     of_one_arch: bool = False  # instructions that no other architecture has: sm_90a instead of sm_90
+    text: str = ""  # code that follows the files
 
     def compile(self, arch: str) -> bytes:
         """A cubin for `arch` ("sm_90"); needs no GPU. GlqError if cuda-core is not installed."""
@@ -67,7 +68,8 @@ class Source:
         return code
 
     def _text(self) -> str:
-        return "\n".join(files("glq").joinpath(file).read_text(encoding="utf-8") for file in self.files)
+        texts = [files("glq").joinpath(file).read_text(encoding="utf-8") for file in self.files]
+        return "\n".join([*texts, self.text])
 
 
 def available() -> bool:

@@ -42,7 +42,7 @@ class Emulator:
 @cache
 def _library(source, begin):
     texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
-    code = "\n".join(texts)
+    code = "\n".join([*texts, source.text])
     code = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + SHARED_BEGIN);", code
     )

@@ -49,6 +49,7 @@ static void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s in block %d, %d\n", what, blockIdx.x, blockIdx.y);
   std::abort();
 }
+static void __trap() { fail("trap"); }
 static void __syncthreads() { pause_as(AT_BARRIER); }
 static void sync_warp() { pause_as(IN_WARP); }
 static void __syncwarp() { sync_warp(); }
