@@ -2,6 +2,7 @@
 
     python bench/serve.py OUT.json [--weights bf16 int4 trellis-4 trellis-2] [--batch 1 8 32] [--prompt 128] [--new 128]
 
+trellis-4+head has lm_head in these codes, too; the others leave it in 16 bits.
 glq has to be installed, not only on the path: vLLM finds the plugin by its entry point. Each kind of weights is served
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes is checked before anything is timed.
@@ -39,17 +40,19 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+HEAD = "+head"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
 
 
-def matrices(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Name of each linear layer → (out, in)."""
+def matrices(weights: str, shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Name of each quantized layer → (out, in)."""
     hidden, middle = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
     mlp = {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)}
     named = {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()}
-    return {f"model.layers.{i}.{k}": v for i in range(shape["num_hidden_layers"]) for k, v in named.items()}
+    found = {f"model.layers.{i}.{k}": v for i in range(shape["num_hidden_layers"]) for k, v in named.items()}
+    return found | ({"lm_head": (shape["vocab_size"], hidden)} if weights.endswith(HEAD) else {})
 
 
 def stored_bytes(codec: str, out: int, width: int) -> int:
@@ -70,9 +73,9 @@ def quantization(weights: str, shape: dict[str, int]) -> dict[str, Any] | None:
         return None
     if weights == "int4":
         return GPTQ
-    sizes = matrices(shape)
-    modules = {name: ModuleConfig(weights, width, out, block_width(width)) for name, (out, width) in sizes.items()}
-    nbytes = sum(stored_bytes(weights, *size) for size in sizes.values())
+    sizes, codec = matrices(weights, shape), weights.removesuffix(HEAD)
+    modules = {name: ModuleConfig(codec, width, out, block_width(width)) for name, (out, width) in sizes.items()}
+    nbytes = sum(stored_bytes(codec, *size) for size in sizes.values())
     bits = 8 * nbytes / sum(out * width for out, width in sizes.values())
     return GlqConfig(modules, round(bits, 4), "bench").to_dict()
 
@@ -146,12 +149,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"weights": args.one, "weight_bytes": llm.apply_model(weight_bytes)[0]}
     cache = llm.llm_engine.vllm_config.cache_config
     row["kv_tokens"] = cache.num_gpu_blocks * cache.block_size
-    if args.one in CODECS:
+    codec = args.one.removesuffix(HEAD)
+    if codec in CODECS:
         row["worst_error"] = llm.apply_model(worst_error)[0]
-        sizes = matrices(shape)
-        ends = 2 * 2 * shape["vocab_size"] * shape["hidden_size"]
+        sizes = matrices(args.one, shape)
+        ends = 2 * (1 if "lm_head" in sizes else 2) * shape["vocab_size"] * shape["hidden_size"]
         norms = 2 * shape["hidden_size"] * (2 * shape["num_hidden_layers"] + 1)
-        row["expected_bytes"] = sum(stored_bytes(args.one, *size) for size in sizes.values()) + ends + norms
+        row["expected_bytes"] = sum(stored_bytes(codec, *size) for size in sizes.values()) + ends + norms
         if torch.cuda.is_available() and (row["worst_error"] is None or row["worst_error"] > 0.01):
             raise SystemExit(f"{args.one}: its relative error is {row['worst_error']}: not timed")
     generator = torch.Generator().manual_seed(0)
