@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
-from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.matmul import matmul_reference
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -89,6 +90,52 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
     check("trellis-4", 5, 330, 1024, 512, Emulator(multiprocessors), plan=plan)
 
 
+BATCH_SHAPES = [
+    cuda_batch.Shape(32, 2, 1, 4),
+    cuda_batch.Shape(32, 1, 1, 3),
+    cuda_batch.Shape(64, 2, 1, 3),
+    cuda_batch.Shape(64, 2, 1, 4),
+    cuda_batch.Shape(128, 2, 1, 2),
+    cuda_batch.Shape(128, 4, 1, 3),
+    cuda_batch.Shape(128, 4, 2, 2),
+]
+
+
+def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, block=41):
+    x, weight = problem(name, tokens, rows, cols, block, dtype)
+    gpu = Emulator(2, resident=parts)  # no more blocks at a time than have a tile together: it waits for no other
+    plan = cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape, parts)
+    assert error(cuda_batch.matmul(x, weight, gpu, plan), x, weight) < 2
+    gpu.exchange(0)  # is as it was
+
+
+@emulated
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batch_of_every_codec(name, dtype):
+    check_batch(name, 3, 200, 328, cuda_batch.Shape(32, 4, 1, 2), 2, dtype)
+
+
+@emulated
+@pytest.mark.parametrize(("shape", "parts"), list(zip(BATCH_SHAPES, [1, 2, 3, 4, 2, 5, 1], strict=True)))
+@pytest.mark.parametrize("name", ["trellis-4", "trellis-2.25"])
+def test_batch_of_every_shape(name, shape, parts):
+    check_batch(name, shape.tokens - 5, 330, 328, shape, parts)
+
+
+def test_batches_have_plans_for_every_matrix():
+    for tokens, rows, cols in product((17, 32, 33, 64, 65, 128, 200), (1, 130, 4096, 28672), (64, 200, 14336)):
+        weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
+        plan = cuda_batch.make_plan(tokens, torch.float16, weight, 132)
+        if plan is None:
+            assert tokens > 64
+            continue
+        assert tokens <= plan.shape.tokens
+        assert plan.shape in BATCH_SHAPES
+        assert 1 <= plan.parts <= min(8, -(-cols // 64))
+        assert plan.parts == 1 or plan.parts * plan.tiles(tokens, rows) <= 132
+
+
 def prefill_plan(name, tokens, warpgroups, blocks, dtype=torch.float16, copies=8, stages=3, decoders=8):
     shape = cuda_prefill.Shape(tokens, warpgroups, decoders)
     return cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, shape, copies, stages, blocks)
@@ -148,11 +195,11 @@ def test_every_block_of_prefill_has_a_unit(tokens, rows, cols):
     assert 1 <= plan.blocks <= min(132, plan.tiles(tokens, rows) * -(-cols // 64))
 
 
-def test_prefill_keeps_its_pipeline():
+def test_products_of_warpgroups_keep_their_pipeline():
     """ptxas says so where it does not."""
     for name in ("trellis-1.5", "trellis-2.75", "trellis-3.25", "trellis-4"):
-        for shape in cuda_prefill._SHAPES:
-            plan = cuda_prefill.fill(TRELLISES[name], torch.float16, torch.float16, shape)
+        plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in BATCH_SHAPES]
+        for plan in (*plans, cuda_prefill.fill(TRELLISES[name], torch.float16, torch.float16, cuda_prefill.SHAPE)):
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")
             assert "serialized" not in report
@@ -178,8 +225,29 @@ def test_dequantize_of_every_codec(name, dtype):
 
 
 @emulated
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_unrotate_of_every_codec(name, dtype):
+    check_unrotate(name, 150, 384, 128, dtype)
+
+
+@emulated
+@pytest.mark.parametrize("block", [64, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("shared_memory", [228, 164, 100])
+def test_unrotate_of_every_block(block, shared_memory):
+    check_unrotate("trellis-4", 70, 3 * block, block, torch.bfloat16, shared_memory)
+
+
+def check_unrotate(name, rows, cols, block, dtype, shared_memory=228):
+    _, weight = problem(name, 1, rows, cols, block, dtype)
+    expected = weight.dequantize().double()
+    found = cuda_dequantize.unrotate(weight, dtype, Emulator(3, shared_memory * 1024)).double()
+    assert (found - expected).norm() < 1.6 * (expected.to(dtype).double() - expected).norm()
+
+
+@emulated
 @pytest.mark.parametrize("block", [256, 2048, 96, 75])
-@pytest.mark.parametrize("rows", [1, 33, 129])
+@pytest.mark.parametrize("rows", [1, 33, 129, 1100])
 def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
     monkeypatch.setattr(cuda_dequantize, "_AT_ONCE", 64 * 2 * block)
     x, weight = problem("trellis-2.75", 200, rows, 2 * block, block, torch.bfloat16)
@@ -197,17 +265,20 @@ def test_dequantize_fits_every_architecture():
 
 @emulated
 @pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
-@pytest.mark.parametrize("for_wgmma", [False, True])
+@pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
 @pytest.mark.parametrize("few", [0, 256])
-def test_rotation(block, for_wgmma, few, monkeypatch):
+def test_rotation(block, layout, few, monkeypatch):
     monkeypatch.setattr(cuda_rotate, "_FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
-    tiles = rotate_tiles(x, signs, block, 16, for_wgmma, Emulator(1))[:, :11].float()
-    if for_wgmma:  # [tile, token, chunk of 8, 8] → the columns' order
+    tiles = rotate_tiles(x, signs, block, 16, layout, Emulator(1))[:, :11].float()
+    if layout != TILES:  # [tile, token, chunk of 8, 8] → the columns' order
         chunk = torch.arange(8)[None] ^ torch.arange(11)[:, None] % 8
         chunks = tiles.unflatten(2, (8, 8)).gather(2, chunk[None, :, :, None].expand(len(tiles), -1, -1, 8))
-        tiles = chunks.reshape(-1, 11, 2, 4, 2, 4).transpose(3, 4).flatten(2)
+        if layout == SWIZZLED:
+            tiles = chunks.reshape(-1, 11, 2, 4, 2, 4).transpose(3, 4).flatten(2)
+        else:  # [step, pair of its four columns, lane, 2]
+            tiles = chunks.reshape(-1, 11, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).flatten(2)
     found = tiles[..., :64].transpose(0, 1).flatten(1)
     expected = rotate(x.float(), unpack_signs(signs, 2 * block), block)
     torch.testing.assert_close(found[:, : 2 * block], expected, rtol=0.01, atol=0.01)
@@ -215,12 +286,12 @@ def test_rotation(block, for_wgmma, few, monkeypatch):
 
 
 def try_out(gpu):
-    tokens = (1, 16, 33, 512)  # one for each kernel
+    tokens = (1, 16, 17, 129, 512)  # one for each kernel
     op_module.try_out(lambda x, weight: op_module._cuda(x, weight, gpu), torch.device("cpu"), "trellis-2", tokens)
 
 
 @emulated
-@pytest.mark.parametrize("module", [cuda_decode, cuda_prefill, cuda_dequantize])
+@pytest.mark.parametrize("module", [cuda_decode, cuda_batch, cuda_prefill, cuda_dequantize])
 def test_the_first_use_checks_the_kernels(module, monkeypatch):
     try_out(Emulator(1))
     monkeypatch.setattr(module, "device_table", lambda *_: torch.zeros(1024, 2).half())
@@ -290,7 +361,17 @@ def test_many_tokens_on_a_gpu(name, dtype):
             y = cuda_prefill.matmul(x, weight, gpu)
             assert error(y, x, weight) < 2
             assert torch.equal(y, cuda_prefill.matmul(x, weight, gpu))
-        for shape in cuda_prefill._SHAPES:
-            plan = cuda_prefill.fill(TRELLISES[name], dtype, torch.float16, shape)
-            assert error(cuda_prefill.matmul(x, weight, gpu, replace(plan, blocks=131)), x, weight) < 2
+        for tokens in (17, 40, 128):
+            part = x[:tokens]
+            for shape in BATCH_SHAPES:
+                plan = cuda_batch.spread_out(
+                    cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape),
+                    tokens,
+                    out_features,
+                    in_features,
+                    132,
+                )
+                y = cuda_batch.matmul(part, weight, gpu, plan)
+                assert error(y, part, weight) < 2
+                assert torch.equal(y, cuda_batch.matmul(part, weight, gpu, plan))
         assert error(cuda_dequantize.matmul(x, weight, gpu), x, weight) < 2

@@ -10,7 +10,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops.cuda_rotate import by_warps, rotate_tiles
+from glq.ops.cuda_rotate import TILES, by_warps, rotate_tiles
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
 from glq.packed import PackedLinear
 
@@ -126,7 +126,7 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     grid = min(units, gpu.multiprocessors)
     x = x.contiguous()
     if not plan.block:
-        x = rotate_tiles(x, weight.signs, weight.block, plan.held, False, gpu)
+        x = rotate_tiles(x, weight.signs, weight.block, plan.held, TILES, gpu)
     y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
     sums = grid * plan.wr * 64 * tokens
     own = torch.empty(sums, dtype=torch.float32, device=x.device)

@@ -1,4 +1,7 @@
-"""The product with very many tokens on an NVIDIA GPU: W in 16 bits by ops/dequantize.cu, then PyTorch's product."""
+"""The product with very many tokens on an NVIDIA GPU: W in 16 bits, then PyTorch's product.
+
+By ops/unrotate.cu in the model's basis, or, cheaper, by ops/dequantize.cu in the rotated one, for which x is rotated, too.
+"""
 
 from dataclasses import dataclass
 
@@ -11,23 +14,24 @@ from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_rows
 from glq.ops.cuda_table import copies_in, device_table, macros, table_bytes
 from glq.packed import PackedLinear
+from glq.rotation import odd_part
 
-_TABLE = 64  # KB of the table's copies
+_ROW_SHARE = 5  # from this share of the rows on there are enough tokens: measured on an H100
 _AT_ONCE = 1 << 26  # weights, 128 MiB of them
-_THREADS = 384
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is compiled for."""
+    """What ops/dequantize.cu is compiled for: W in the rotated basis."""
 
     codec: Trellis
     dtype: torch.dtype  # of W: fp16 or bf16
     scale: torch.dtype
+    threads = 384
 
     @property
     def _copies(self) -> int:
-        return copies_in(self.codec, _TABLE)
+        return copies_in(self.codec, 64)
 
     @property
     def shared(self) -> int:
@@ -40,6 +44,56 @@ class Plan:
         return nvrtc.Source(files, macros(self.codec, self._copies, self.dtype, self.scale))
 
 
+@dataclass(frozen=True)
+class UnrotatePlan:
+    """What ops/unrotate.cu is compiled for: W in the model's basis."""
+
+    codec: Trellis
+    dtype: torch.dtype  # of W: fp16 or bf16; what comes before is fp16
+    scale: torch.dtype
+    block: int  # width of the rotation: a power of two from 64 to 2048
+    copies: int  # of the table in shared memory
+    buffers: int  # of values on their way from one pass to the other
+    threads = 512
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a block of threads."""
+        return table_bytes(self.codec, self.copies) + self.buffers * 16 * 4 * (32 * 32 + 8) + 2 * 4 * 32 * 32
+
+    @property
+    def source(self) -> nvrtc.Source:
+        own = {"OUT_BF16": int(self.dtype == torch.bfloat16), "BLOCK_TILES": self.block // 64, "BUFFERS": self.buffers}
+        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/slices.cuh", "ops/unrotate.cu")
+        return nvrtc.Source(files, macros(self.codec, self.copies, torch.float16, self.scale, **own))
+
+
+def unrotates(block: int) -> bool:
+    """Whether ops/unrotate.cu knows rotations of that width."""
+    return odd_part(block) == 1 and 64 <= block <= 2048
+
+
+def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, block: int, gpu: nvrtc.Launcher) -> UnrotatePlan:
+    """Two buffers and many copies of the table where there is room: on Hopper; one and four on consumer GPUs."""
+    choices = [(64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
+    plans = [UnrotatePlan(codec, dtype, scale, block, copies_in(codec, kb), buffers) for kb, buffers in choices]
+    return next(p for p in plans if p.shared + nvrtc.RESERVED <= gpu.shared_memory)
+
+
+def unrotate(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> Tensor:
+    """W [out, in] of a trellis codec in `dtype`, as PackedLinear.dequantize."""
+    trellis = get_codec(weight.codec)
+    assert isinstance(trellis, Trellis)
+    plan = make_plan(trellis, dtype, weight.scale.dtype, weight.block, gpu)
+    row_tiles, col_tiles, _ = weight.codes.shape
+    device, rows = weight.codes.device, weight.out_features
+    out = torch.empty(rows, weight.in_features, dtype=dtype, device=device)
+    grid = min(gpu.multiprocessors, 4 * row_tiles * -(-col_tiles // 32))
+    tensors = (weight.codes, weight.signs, device_table(trellis, device, torch.float16), weight.scale, out)
+    gpu.launch(plan.source, "unrotate", grid, plan.threads, plan.shared, *tensors, rows, col_tiles)
+    return out
+
+
 def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> Tensor:
     """[64 · row tiles, 64 · column tiles] of a trellis codec in `dtype`, scaled, in the rotated basis."""
     trellis = get_codec(weight.codec)
@@ -48,22 +102,26 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
     (row_tiles, col_tiles, _), rows = weight.codes.shape, weight.out_features
     device = weight.codes.device
     out = torch.empty(64 * row_tiles, 64 * col_tiles, dtype=dtype, device=device)
-    grid = min(gpu.multiprocessors, -(-row_tiles * col_tiles * 32 // _THREADS))
+    grid = min(gpu.multiprocessors, -(-row_tiles * col_tiles * 32 // plan.threads))
     tensors = (weight.codes, device_table(trellis, device, dtype), weight.scale, out)
-    gpu.launch(plan.source, "dequantize", grid, _THREADS, plan.shared, *tensors, rows, row_tiles, col_tiles)
+    gpu.launch(plan.source, "dequantize", grid, plan.threads, plan.shared, *tensors, rows, row_tiles, col_tiles)
     return out
 
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
     rows = weight.out_features
-    rotated = rotate_rows(x, weight.signs, weight.block, gpu)
+    own_basis = (
+        unrotates(weight.block) and _ROW_SHARE * len(x) >= rows
+    )  # what it costs goes by rows, a rotation of x by tokens
+    if not own_basis:
+        x = rotate_rows(x, weight.signs, weight.block, gpu)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    step = max(1, _AT_ONCE // rotated.shape[1] // 64) * 64
+    step = max(1, _AT_ONCE // x.shape[1] // 64) * 64
     for first in range(0, rows, step):
         part = _rows(weight, first, min(first + step, rows))
-        w = decode_scaled(part, x.dtype, gpu)[: part.out_features]
-        torch.mm(rotated, w.T, out=y[:, first : first + step])
+        w = unrotate(part, x.dtype, gpu) if own_basis else decode_scaled(part, x.dtype, gpu)[: part.out_features]
+        torch.mm(x, w.T, out=y[:, first : first + step])
     return y
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import rotate_tiles
+from glq.ops.cuda_rotate import SWIZZLED, rotate_tiles
 from glq.ops.cuda_table import HOLE, device_table, macros, spread, table_bytes
 from glq.packed import PackedLinear
 
@@ -28,8 +28,7 @@ class Shape:
     room: int = 0  # threads beside them that registers are left for
 
 
-_SHAPES = (Shape(32, 2, 16), Shape(64, 2, 16), Shape(128, 2, 12))  # what was fastest on an H100 (docs/benchmarks.md)
-_WITH_ROOM = {32: Shape(32, 2, 16, 128), 64: Shape(64, 2, 12, 128)}  # the same, for matrices that are not wide
+SHAPE = Shape(128, 2, 12)  # what was fastest on an H100 (docs/decisions.md)
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Plan:
             STAGES=self.stages,
             ROOM=self.shape.room,
         )
-        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/steps.cuh", "ops/wgmma.cuh", "ops/exchange.cuh", "ops/prefill.cu")
-        return nvrtc.Source(files, defined, of_one_arch=True)
+        parts = ("ptx", "tiles", "steps", "wgmma", "exchange", "runs")
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:
         """Of y."""
@@ -100,14 +99,8 @@ def make_plan(
     in_features: int,
     multiprocessors: int,
 ) -> Plan:
-    """The smallest tile of y that has all tokens. As many blocks for each as leave few multiprocessors without one.
-
-    Room for the next rotation pays off with few tokens, unless the table is small and the matrix wide.
-    """
-    shape = next((s for s in _SHAPES if tokens <= s.tokens), _SHAPES[-1])
-    if in_features <= out_features or not codec.signed_lookup:
-        shape = _WITH_ROOM.get(shape.tokens, shape)
-    plan = fill(codec, dtype, scale, shape)
+    """As many blocks for each tile of y as leave few multiprocessors without one."""
+    plan = fill(codec, dtype, scale, SHAPE)
     tiles, col_tiles = plan.tiles(tokens, out_features), -(-in_features // 64)
     even = min(multiprocessors // tiles, col_tiles) * tiles
     return replace(plan, blocks=even if even > 0.9 * multiprocessors else min(multiprocessors, tiles * col_tiles))
@@ -138,7 +131,7 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | No
     tiles = plan.tiles(tokens, rows)
     assert plan.blocks <= tiles * col_tiles
     slots = plan.blocks if plan.shares_tiles(tiles) else 0
-    rotated = rotate_tiles(x, weight.signs, weight.block, padded, True, gpu)
+    rotated = rotate_tiles(x, weight.signs, weight.block, padded, SWIZZLED, gpu)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(slots * plan.rows * plan.shape.tokens)
     tensors = (weight.codes, rotated, table, weight.scale, y, handed)

@@ -6,15 +6,15 @@ from torch import Tensor
 from glq import nvrtc
 from glq.rotation import hartley, odd_part
 
-_TILES, _WGMMA, _ROWS = range(3)  # macro LAYOUT
+TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 _FEW = 256  # tokens
 _RESIDENT = 8  # blocks of threads on a multiprocessor for more
 
 
-def rotate_tiles(x: Tensor, signs: Tensor, block: int, held: int, for_wgmma: bool, gpu: nvrtc.Launcher) -> Tensor:
-    """x [tokens, in] fp16 or bf16 → [column tiles, held ≥ tokens, 72 or 64]; rows beyond the tokens are not written."""
-    tiles = x.new_empty(-(-x.shape[1] // 64), held, 64 if for_wgmma else 72)
-    return _rotate(x, signs, block, tiles, held, _WGMMA if for_wgmma else _TILES, gpu)
+def rotate_tiles(x: Tensor, signs: Tensor, block: int, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
+    """x [tokens, in] fp16 or bf16 → [column tiles, held ≥ tokens, 72 (TILES) or 64]; rows beyond the tokens are not written."""
+    tiles = x.new_empty(-(-x.shape[1] // 64), held, 72 if layout == TILES else 64)
+    return _rotate(x, signs, block, tiles, held, layout, gpu)
 
 
 def rotate_rows(x: Tensor, signs: Tensor, block: int, gpu: nvrtc.Launcher) -> Tensor:

@@ -73,10 +73,10 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
-  wait_for_previous();
 #if BLOCK
   rotate_for(work, begin, end, (u16*)xs, sums, x, signs, cols);
 #else
+  wait_for_previous();
   const int next_stage = SPREAD ? 2 * HOLE : WK * held * X_STRIDE * 2;
   auto stage = [&](int unit, int col) {  // x of a unit on its way to shared memory
     copy_async(xs + (unit - begin) % 2 * next_stage, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);

@@ -14,12 +14,12 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 # Measured on an H100: docs/benchmarks.md
-_FEW = 24  # tokens up to which mma.sync is faster than Hopper's wgmma
+_FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 _MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
@@ -69,7 +69,7 @@ def _nvrtc_works(device: torch.device) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, _MANY))
+        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, _MANY))
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
         return False
@@ -110,12 +110,13 @@ def try_out(
             raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
 
 
-def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Gpu) -> Tensor:
+def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """By the kernel that is fastest for so many tokens x [tokens, in]."""
     tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
     if tokens <= (_FEW if hopper else 64):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
-    if hopper and tokens < _MANY:
-        return cuda_prefill.matmul(x, weight, gpu)
-    return cuda_dequantize.matmul(x, weight, gpu)
+    if not hopper or tokens >= _MANY:
+        return cuda_dequantize.matmul(x, weight, gpu)
+    batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
+    return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prefill.matmul(x, weight, gpu)

@@ -4,18 +4,28 @@
 static constexpr int SCRATCH = BLOCK ? 256 * WARPS : 0;  // floats that the rotation needs
 
 #if BLOCK
-// One token into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
+// One token, which the kernel ahead may have made, into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
 // up to `end`; both are whole blocks of the rotation. scratch: SCRATCH floats.
 __device__ __forceinline__ void rotate(u16* xs, float* scratch, const u16* x, const u8* signs, int chunks, int first, int end) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
-  auto chunk_of = [&](int at) { return at < chunks - first ? first + at : at - (chunks - first); };
+  auto col_of = [&](int at) { return (at < chunks - first ? first + at : at - (chunks - first)) * 256; };
+  auto is_own = [&](int start) { return warp < AT_ONCE && start + warp < count; };
+  uint4 raw;  // what comes next
+  u32 negative;
+  auto request_signs = [&](int start) { if (is_own(start)) negative = signs[col_of(start + warp) / 8 + lane]; };
+  auto request = [&](int start) { if (is_own(start)) raw = *(const uint4*)(x + col_of(start + warp) + 8 * lane); };
+  request_signs(0);
+  wait_for_previous();
+  request(0);
   #pragma unroll 1
   for (int start = 0; start < count; start += AT_ONCE) {
-    if (warp < AT_ONCE && start + warp < count) {
+    if (is_own(start)) {
       float v[8];
-      load_signed(v, x, signs, chunk_of(start + warp) * 256 + 8 * lane);
+      unpack_signed(v, raw, negative);
+      request_signs(start + AT_ONCE);
+      request(start + AT_ONCE);
       hadamard256(v, lane);
       leave(v, scratch + 256 * warp, lane);
     }
@@ -23,7 +33,7 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const u16* x, co
     for (int i = threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += THREADS) {
       float v[CHUNKS];
       gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
-      u16* const to = xs + chunk_of(start + i / 256 * CHUNKS) * 256 + i % 256;
+      u16* const to = xs + col_of(start + i / 256 * CHUNKS) + i % 256;
       #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * rsqrtf((float)(BLOCK / odd_part(CHUNKS))));
     }

@@ -60,7 +60,6 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
-#define GLQ_PACK "cvt.rn.bf16x2.f32"
 #define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else
 __device__ __forceinline__ float from16(u16 v) { return from_half(v); }
@@ -69,14 +68,19 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
-#define GLQ_PACK "cvt.rn.f16x2.f32"
 #define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
-__device__ __forceinline__ u32 pack16(float low, float high) {
+__device__ __forceinline__ u32 pack_half(float low, float high) {
   u32 r;
-  asm(GLQ_PACK " %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ u32 pack16(float low, float high) { return BF16 ? pack_bf16(low, high) : pack_half(low, high); }
 // c [16, 8] += a [16, 16] · b [16, 8], each lane with its fragments.
 __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
   asm(GLQ_MMA " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -1,15 +1,17 @@
 // The rotation of x, in a launch of its own, and the order in which the kernels want it.
 // Macros, besides those of ptx.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks); LAYOUT: TILES of
-// 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart; WGMMA, in rows of 64, ordered and swizzled
-// for prefill.cu; ROWS, x as it was.
+// 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart; SWIZZLED and FRAGMENTS, in rows of 64, ordered and
+// swizzled for prefill.cu and batch.cu; ROWS, x as it was.
 
-static constexpr int TILES = 0, WGMMA = 1;
+static constexpr int TILES = 0, SWIZZLED = 1, FRAGMENTS = 2;
 
 // Where a column of a token lies.
 __device__ __forceinline__ size_t place(int col, int token, int held, int tiles) {
   if (LAYOUT == TILES) return ((size_t)(col / 64) * held + token) * 72 + col % 64;
-  if (LAYOUT != WGMMA) return (size_t)token * tiles * 64 + col;
-  const int c = col % 64, at = c / 32 * 32 + c / 4 % 4 * 8 + c / 16 % 2 * 4 + c % 4;  // as place_of_step has them
+  if (LAYOUT != SWIZZLED && LAYOUT != FRAGMENTS) return (size_t)token * tiles * 64 + col;
+  const int c = col % 64;
+  const int at = LAYOUT == SWIZZLED ? c / 32 * 32 + c / 4 % 4 * 8 + c / 16 % 2 * 4 + c % 4  // as place_of_step has them
+                                    : c / 4 % 4 * 16 + c / 2 % 2 * 8 + c / 16 * 2 + c % 2;  // as a step's fragment has them
   return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
@@ -93,6 +95,18 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
   const int chunk = lane % 8 / 4 * 4 + lane % 2 * 2 + late;
   u16* const to = out + ((size_t)(col / 64) * held + token) * 64 + (chunk ^ token % 8) * 8;
   *(uint4*)to = late ? make_uint4(first, second, pairs[2], pairs[3]) : make_uint4(pairs[0], pairs[1], first, second);
+#elif LAYOUT == 2
+  const int t = lane / 2 % 4;  // of four lanes, whose t-th pairs make a chunk: they are transposed
+  #pragma unroll
+  for (int d = 1; d < 4; d *= 2)
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & d) continue;
+      const u32 got = __shfl_sync(~0u, t & d ? pairs[i] : pairs[i + d], lane ^ 2 * d);
+      if (t & d) pairs[i] = got;
+      else pairs[i + d] = got;
+    }
+  *(uint4*)(out + ((size_t)(col / 64) * held + token) * 64 + (lane % 2 * 4 + t ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #else
   *(uint4*)(out + place(col, token, held, cols / 64)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #endif

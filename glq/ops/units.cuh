@@ -73,14 +73,10 @@ template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT]
 }
 // The same of what blocks from `first` on handed over, `slot` floats each, and own sums.
 template <typename F> __device__ __forceinline__ void take_parts(float* handed, const float* own, int slot, int tokens, int first, F put) {
+  #pragma unroll 1
   for (int i = 4 * threadIdx.x; i < ROWS * tokens; i += 4 * THREADS) {  // as take_sums gives them to the threads
-    float4 sum = {0, 0, 0, 0};
-    for (int b = first; b < blockIdx.x; ++b) {
-      float4 part[1];
-      take_over(part, handed + b * slot + i, 0);
-      add(sum, part[0]);
-    }
-    add(sum, *(const float4*)(own + i));
+    float4 sum = *(const float4*)(own + i);
+    add_parts(sum, handed + first * slot + i, slot, blockIdx.x - first);
     put(i / ROWS, i % ROWS, sum);
   }
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+PLAYED = ("ptx.cuh", "wgmma.cuh")  # by cuda.h
 
 
 class Emulator:
@@ -19,9 +20,12 @@ class Emulator:
 
     arch = 90
 
-    def __init__(self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024) -> None:
-        """begin: where dynamic shared memory does."""
+    def __init__(
+        self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024, resident: int = 1
+    ) -> None:
+        """begin: where dynamic shared memory does. resident: blocks that run at a time."""
         self._begin = begin
+        self._resident = resident
         self.multiprocessors = multiprocessors
         self.shared_memory = shared_memory
         self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
@@ -36,18 +40,18 @@ class Emulator:
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
-        getattr(_library(source, self._begin), f"run_{name}")(columns, rows, block, array)
+        getattr(_library(source, self._begin, self._resident), f"run_{name}")(columns, rows, block, array)
 
 
 @cache
-def _library(source, begin):
-    texts = [files("glq").joinpath(f).read_text() for f in source.files if not f.endswith(("ptx.cuh", "wgmma.cuh"))]
+def _library(source, begin, resident):
+    texts = [files("glq").joinpath(f).read_text() for f in source.files if Path(f).name not in PLAYED]
     code = "\n".join([*texts, source.text])
     code = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + SHARED_BEGIN);", code
     )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
-    macros += f"#define SHARED_BEGIN {begin}\n"
+    macros += f"#define SHARED_BEGIN {begin}\n#define RESIDENT {resident}\n"
     text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / "kernels.so"

@@ -1,5 +1,6 @@
 // A CUDA block on one CPU thread: fibers for threads, which change at barriers and at what a warp does together.
-// Stands for ops/ptx.cuh and for what nvrtc knows by itself. Blocks run one after the other.
+// Stands for ops/ptx.cuh and for what nvrtc knows by itself. Blocks run one after the other, or RESIDENT at a time, which take
+// turns when all threads of one wait for what others hand over.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -33,7 +34,7 @@ using std::min;
 static Index threadIdx, blockIdx, gridDim, blockDim;
 alignas(1024) static u8 dynamic_shared[1 << 18];
 
-enum State { READY, AT_BARRIER, IN_WARP, DONE };
+enum State { READY, AT_BARRIER, IN_WARP, POLLING, DONE };
 struct Fiber { ucontext_t context; std::vector<char> stack; State state; };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -115,9 +116,11 @@ static void store_shared_by_gpu(float* p, u32 a, u32 b, u32 c, u32 d) {
 }
 static uint4 load_shared_by_gpu(const float* p) {
   uint4 v;
-  std::memcpy(&v, p, 16);
-  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) fail("wait for what no block before it hands over");
-  return v;
+  for (;;) {
+    std::memcpy(&v, p, 16);
+    if (v.x != ~0u && v.y != ~0u && v.z != ~0u && v.w != ~0u) return v;
+    pause_as(POLLING);
+  }
 }
 static void commit_async() {}
 static void wait_async() {}
@@ -134,6 +137,8 @@ static u16 to16(float v) { return to_bf16(v); }
 static float from16(u16 v) { return from_half(v); }
 static u16 to16(float v) { return to_half(v); }
 #endif
+static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
+static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 static u32 pack16(float low, float high) { return to16(low) | (u32)to16(high) << 16; }
 static void mma(float* c, const u32* a, u32 b0, u32 b1) {
   const int lane = current % 32;
@@ -185,39 +190,63 @@ static u32 transpose(u32 v) {
   return r;
 }
 // Products run as late as they may: what they read and write too early or too late shows.
-struct Product { float* d; u64 a, b; };
+struct Product { float* d; u64 a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
 static std::vector<std::vector<Product>> products[1024];  // of each thread: groups, of which the last one is open
 static void show_to_products() {}
 static void begin_products() { products[current].emplace_back(); }
 static void commit_products() {}
 #ifdef TOKENS
 static void multiply(float* d, u64 a, u64 b) { products[current].back().push_back({d, a, b}); }
+static void multiply(float* d, const u32* a, u64 b) {
+  auto& shown = exchange[current / 32];
+  const u64 mine = (u64)a;
+  std::memcpy(shown[current % 32], &mine, 8);
+  sync_warp();
+  Product p{d, 0, b};
+  for (int t = 0; t < 4; ++t) std::memcpy(p.fragments + t, shown[current % 32 / 4 * 4 + t], 8);
+  sync_warp();
+  products[current].back().push_back(p);
+}
 static float operand(u64 described, int row, int k) {
   const u32 at = row * 128 + ((u32)described + k) * 2;
   return from16(*(u16*)(dynamic_shared + (described >> 32) + (at ^ (at >> 7 & 7) << 4)));
 }
-static void run_product(float* d, u64 a, u64 b) {
+static void run_product(const Product& p) {
   const int lane = current % 32, first = current % 128 / 32 * 16;
   for (int i = 0; i < TOKENS / 2; ++i) {
     const int row = first + lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-    for (int k = 0; k < 16; ++k) d[i] += operand(a, row, k) * operand(b, col, k);
+    for (int k = 0; k < 16; ++k) {
+      const float a = p.fragments[0] ? from16((u16)(p.fragments[k % 8 / 2][i / 2 % 2 + k / 8 * 2] >> 16 * (k % 2))) : operand(p.a, row, k);
+      p.d[i] += a * operand(p.b, col, k);
+    }
   }
 }
 template <int PENDING> static void await_products() {
   auto& groups = products[current];
+  sync_warp();  // all lanes have what their products read, until all products are done
   for (; groups.size() > PENDING; groups.erase(groups.begin()))
-    for (const Product& p : std::vector<Product>(groups[0])) run_product(p.d, p.a, p.b);
+    for (const Product& p : std::vector<Product>(groups[0])) run_product(p);
+  sync_warp();
 }
 #endif
 
 // ---- the scheduler ----
 
+#ifndef RESIDENT
+#define RESIDENT 1
+#endif
+
+struct Block {
+  Index index;
+  std::vector<Fiber> fibers;
+  std::vector<u8> shared, shown;  // while others run
+};
 static void run_fiber() {
   body();
   fibers[current].state = DONE;
 }
-// Let every thread go as far as it gets; then release the warps that are complete, or the block.
-static void run_block(int threads) {
+static void begin_block(int threads) {
+  fibers.resize(threads);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     f.stack.resize(1 << 16);
@@ -228,32 +257,62 @@ static void run_block(int threads) {
     f.context.uc_link = &scheduler;
     makecontext(&f.context, run_fiber, 0);
   }
+  std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN
+}
+// Let every thread go as far as it gets; then release the warps that are complete, or the block. Whether it came to its end: else
+// it waits for other blocks. progress: whether anything was done.
+static bool run_block(int threads, bool& progress) {
+  auto count = [&](int from, int to, State s) {
+    return std::count_if(fibers.begin() + from, fibers.begin() + to, [s](const Fiber& f) { return f.state == s; });
+  };
+  auto release = [&](int from, int to) { for (int i = from; i < to; ++i) fibers[i].state = READY; };
   for (;;) {
-    for (current = 0; current < threads; ++current)
-      if (fibers[current].state == READY) {
-        threadIdx = {current, 0};
-        swapcontext(&scheduler, &fibers[current].context);
-      }
-    auto count = [&](int from, int to, State s) {
-      return std::count_if(fibers.begin() + from, fibers.begin() + to, [s](const Fiber& f) { return f.state == s; });
-    };
-    auto release = [&](int from, int to) { for (int i = from; i < to; ++i) fibers[i].state = READY; };
-    bool moved = count(0, threads, READY) > 0;  // they wait for a barrier in memory
+    bool moved = false;
+    for (current = 0; current < threads; ++current) {
+      const State before = fibers[current].state;
+      if (before != READY && before != POLLING) continue;
+      threadIdx = {current, 0};
+      swapcontext(&scheduler, &fibers[current].context);
+      moved |= fibers[current].state != POLLING || before != POLLING;
+    }
     for (int w = 0; w < threads; w += 32)
       if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
-    if (count(0, threads, DONE) == threads) return;
+    progress |= moved;
+    if (count(0, threads, DONE) == threads) return true;
     if (!moved && count(0, threads, AT_BARRIER) == threads) release(0, threads), moved = true;
+    if (!moved && count(0, threads, POLLING) > 0) return false;
     if (!moved) fail("threads wait for others that never come");
   }
 }
 static void run_grid(int columns, int rows, int threads, std::function<void()> kernel) {
   gridDim = {columns, rows};
   blockDim = {threads, 1};
-  fibers.resize(threads);
   body = kernel;
-  for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < columns; ++blockIdx.x) {
-      std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN
-      run_block(threads);
+  std::vector<Block> waiting;
+  for (int started = 0; started < columns * rows || !waiting.empty();) {
+    bool progress = false;
+    std::vector<Block> before;
+    before.swap(waiting);
+    auto go_on = [&](Block&& block) {
+      blockIdx = block.index;
+      if (run_block(threads, progress)) return;
+      block.fibers.swap(fibers);
+      block.shared.assign(dynamic_shared, dynamic_shared + sizeof dynamic_shared);
+      block.shown.assign((u8*)exchange, (u8*)exchange + sizeof exchange);
+      waiting.push_back(std::move(block));
+    };
+    for (Block& block : before) {
+      fibers.swap(block.fibers);
+      std::copy(block.shared.begin(), block.shared.end(), dynamic_shared);
+      std::copy(block.shown.begin(), block.shown.end(), (u8*)exchange);
+      go_on(std::move(block));
     }
+    while (started < columns * rows && (int)waiting.size() < RESIDENT) {
+      begin_block(threads);
+      const Index index = {started % columns, started / columns};
+      ++started, progress = true;
+      go_on({index, {}, {}, {}});
+    }
+    if (!progress) fail("wait for what no block before it hands over");
+  }
 }

@@ -1,0 +1,224 @@
+// y = x Vᵀ · scale for some tokens on Hopper: warps decode V straight into the registers that warpgroups multiply from.
+//
+// A tile of y is ROWS × TOKENS. A unit is 64 of its columns. WK · WR warpgroups: those of a row take turns with the units,
+// those side by side have rows of their own. A warp has 64 / SHARED_BY rows of a tile of codes. x, which comes rotated, goes through
+// a ring of STAGES units: the first group of a row brings what lies STAGES units beyond the one that it is done with.
+// `parts` blocks have a tile of y together, each a run of units. Each adds up an equal share of the tile, so each waits for
+// all others. They have numbers in a row, and the GPU starts blocks in order: of the blocks of a kernel that have started,
+// those of one tile at most wait for some that have not. They are fewer than the GPU has multiprocessors, so others end, and
+// the missing ones start. Only as many such kernels at a time as keep all multiprocessors waiting could stop each other.
+// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, FAR (units whose codes are
+// requested into the L2 cache ahead of their loads), ROOM (threads beside these that registers are left for).
+
+static constexpr int PRODUCTS = 4 / SHARED_BY;  // a warp has 16 rows of each
+static constexpr int GROUP_ROWS = 64 * PRODUCTS, ROWS = WR * GROUP_ROWS;  // of a warpgroup, and of all
+static constexpr int WARPS = 4 * WR * WK, THREADS = 32 * WARPS;
+static constexpr int BLOCKS_OF_8 = TOKENS / 8, HELD = PRODUCTS * BLOCKS_OF_8, TILE_FRAGMENTS = 4 * WR * HELD;  // of 16 rows × 8 tokens: a warp's, and the tile's
+static constexpr int STAGE_BYTES = TOKENS * 128;
+
+// ---- x ----
+
+struct Barriers {
+  u64 full[STAGES], empty[STAGES];
+};
+static constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : 1;  // stages lie where the table has none of its entries
+static constexpr int BARRIERS_AT = SPREAD ? 6 * HOLE - 256 : TABLE_BYTES + STAGES * STAGE_BYTES;
+static_assert(!SPREAD || STAGES * STAGE_BYTES + 256 <= 3 * HOLE, "the holes have room");
+
+struct Ring {
+  u8* memory;
+  Barriers* barriers;
+
+  __device__ __forceinline__ u8* at(int stage) const {
+    return memory + (SPREAD ? (2 * (stage / IN_HOLE) + 1) * HOLE + stage % IN_HOLE * STAGE_BYTES : TABLE_BYTES + stage * STAGE_BYTES);
+  }
+};
+// A stage, and how often the ring went round.
+struct Place {
+  int stage, parity;
+
+  __device__ __forceinline__ void advance(int by) {
+    stage += by;
+    if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+  }
+};
+static_assert(WK <= STAGES, "a step goes round once at most");
+
+// x of a block's units.
+struct Source {
+  const u16* x;
+  size_t stride;  // from one unit to the next
+  int units;
+
+  __device__ __forceinline__ void bring(const Ring& ring, int unit, int stage) const {  // by one thread
+    if (unit < units) copy_bulk(ring.at(stage), x + unit * stride, STAGE_BYTES, ring.barriers->full + stage);
+  }
+};
+
+// ---- the product ----
+
+// A warp's operands of step s, of which it has the PART-th rows.
+template <int PART> __device__ __forceinline__ void decode_part(u32 (*a)[4], const u32* r, int s, u32 copy) {
+  constexpr bool HAS_END = CODE_BITS * (2 * PRODUCTS * (PART + 1) - 1) / 8 > CODE_BITS - 16;
+  u32 ends[2];
+  if (HAS_END) ends_of(ends, r, s);
+  #pragma unroll
+  for (int m = 0; m < PRODUCTS; ++m)
+    #pragma unroll
+    for (int e = 0; e < 4; ++e) a[m][e] = value(state_of(r, ends, s, PART * PRODUCTS + m, e), copy);
+}
+__device__ __forceinline__ void decode(u32 (*a)[4], const u32* r, int s, int part, u32 copy) {
+  if (SHARED_BY == 1) decode_part<0>(a, r, s, copy);
+  else if (SHARED_BY == 2) {
+    if (part == 0) decode_part<0>(a, r, s, copy);
+    else decode_part<1 % SHARED_BY>(a, r, s, copy);
+  } else {
+    if (part == 0) decode_part<0>(a, r, s, copy);
+    else if (part == 1) decode_part<1 % SHARED_BY>(a, r, s, copy);
+    else if (part == 2) decode_part<2 % SHARED_BY>(a, r, s, copy);
+    else decode_part<3 % SHARED_BY>(a, r, s, copy);
+  }
+}
+// Codes of a tile into the L2 cache, by the first of the warps that have it.
+__device__ __forceinline__ void request_far(const u8* tile, int part) {
+  const int lane = threadIdx.x % 32;
+  if (part == 0 && lane < TILE_BYTES / 128) request_to_l2(tile + 128 * lane);
+}
+// acc = a warp's rows · x over its units: of the block's, every WK-th from `unit` on. r: codes of the first one.
+__device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r, const u8* tile, int unit, const Ring& ring, const Source& source, int part, bool brings) {
+  const int lane = threadIdx.x % 32;
+  const u32 copy = own_copy();
+  u32 a[2][PRODUCTS][4];
+  Place place{unit, 0}, before{-1, 0};
+  #pragma unroll 1
+  for (; unit < source.units; unit += WK) {
+    tile += WK * TILE_BYTES;
+    const bool more = unit + WK < source.units;
+    const u32 b = shared_address(ring.at(place.stage));
+    if (FAR && unit + (FAR + 1) * WK < source.units) request_far(tile + FAR * WK * TILE_BYTES, part);
+    #pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      decode(a[s % 2], r, s, part, copy);
+      if (more) load_used(r, tile, lane, s);
+      if (s == 0) await(ring.barriers->full + place.stage, place.parity);
+      if (s == 2 && brings && before.stage >= 0 && unit - WK + STAGES < source.units) {
+        await(ring.barriers->empty + before.stage, before.parity);
+        source.bring(ring, unit - WK + STAGES, before.stage);
+      }
+      await_products<0>();
+      if (s == 0 && before.stage >= 0 && lane == 0) arrive(ring.barriers->empty + before.stage);
+      __syncwarp();
+      begin_products();
+      #pragma unroll
+      for (int m = 0; m < PRODUCTS; ++m) multiply(acc[m], a[s % 2][m], describe(b, 16 * s));
+      commit_products();
+    }
+    before = place;
+    place.advance(WK);
+  }
+  await_products<0>();
+}
+
+// ---- sums ----
+
+struct Output {
+  u16* y;
+  const void* scale;
+  int tokens, rows;
+
+  // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
+  __device__ __forceinline__ void put(float4 sum, int row, int token) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
+    const float low = row + g < rows ? load_scale(scale, row + g) : 0, high = row + 8 + g < rows ? load_scale(scale, row + 8 + g) : 0;
+    const u32 first = transpose(to16(sum.x * low) | (u32)to16(sum.y * low) << 16);
+    const u32 second = transpose(to16(sum.z * high) | (u32)to16(sum.w * high) << 16);
+    if (token + g >= tokens) return;
+    u16* const to = y + (size_t)(token + g) * rows;
+    put2(to, at, first);
+    put2(to, at + 8, second);
+  }
+  __device__ __forceinline__ void put2(u16* to, int row, u32 pair) const {
+    if (rows % 2 == 0) {
+      if (row < rows) *(u32*)(to + row) = pair;
+    } else {
+      if (row < rows) to[row] = (u16)pair;
+      if (row + 1 < rows) to[row + 1] = (u16)(pair >> 16);
+    }
+  }
+};
+__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
+
+// What the blocks of a tile have of y, each its share of the fragments. sums: [WK][TILE_FRAGMENTS][32], what this one's warps have; handed: of
+// the tile, [parts - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
+__device__ __forceinline__ void add_up(const float4* sums, float4* handed, int parts, int rank, const Output& out, int row, int token) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int begin = TILE_FRAGMENTS * rank / parts, end = TILE_FRAGMENTS * (rank + 1) / parts;
+  auto own = [&](int f) {
+    float4 sum = sums[f * 32 + lane];
+    #pragma unroll
+    for (int k = 1; k < WK; ++k) add(sum, sums[(k * TILE_FRAGMENTS + f) * 32 + lane]);
+    return sum;
+  };
+  #pragma unroll 1
+  for (int i = warp; i < TILE_FRAGMENTS - (end - begin); i += WARPS) {
+    const bool below = i < begin;
+    const int f = below ? i : i + end - begin;
+    hand_over((float*)(handed + ((rank - below) * TILE_FRAGMENTS + f) * 32 + lane), own(f));
+  }
+  #pragma unroll 1
+  for (int f = begin + warp; f < end; f += WARPS) {
+    float4 sum = own(f);
+    add_parts(sum, (float*)(handed + f * 32 + lane), TILE_FRAGMENTS * 128, parts - 1);
+    const int of_warp = f / HELD, m = f % HELD / BLOCKS_OF_8;  // where the warp that had it has its rows
+    const int tile = of_warp / 4 * PRODUCTS + of_warp % 4 / SHARED_BY, part = of_warp % 4 % SHARED_BY;
+    out.put(sum, row + 64 * tile + 16 * (part * PRODUCTS + m), token + f % BLOCKS_OF_8 * 8);
+  }
+}
+
+// x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [tiles][parts - 1][ROWS · TOKENS] EMPTY,
+// which it is again at the end.
+extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
+batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
+      int tokens, int padded, int rows, int row_tiles, int col_tiles, int parts) {
+  extern __shared__ __align__(1024) u8 memory[];
+  let_next_start();
+  if (refuses(memory, y, (size_t)tokens * rows)) return;
+  const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), group = warp / 4, wk = group % WK, wr = group / WK;
+  const int token_blocks = padded / TOKENS, tile = blockIdx.x / parts, rank = blockIdx.x % parts;
+  const int row_tile = tile / token_blocks * (ROWS / 64), token = tile % token_blocks * TOKENS;
+  const int begin = col_tiles * rank / parts;
+  const int part = warp % SHARED_BY, own_tile = min(row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY, row_tiles - 1);
+  const bool brings = lane == 0 && warp % 4 == 0 && wr == 0;
+  const Ring ring{memory, (Barriers*)(memory + BARRIERS_AT)};
+  const Source source{x + ((size_t)begin * padded + token) * 64, (size_t)padded * 64, col_tiles * (rank + 1) / parts - begin};
+  const u8* const first = codes + ((size_t)own_tile * col_tiles + begin + wk) * TILE_BYTES;
+  u32 r[REGS];
+  if (wk < source.units) load_codes(r, first, lane);
+  #pragma unroll 1
+  for (int i = 1; i <= FAR && wk + i * WK < source.units; ++i) request_far(first + i * WK * TILE_BYTES, part);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      init_barrier(ring.barriers->full + i, 1);
+      init_barrier(ring.barriers->empty + i, 4 * WR);
+    }
+    publish_barriers();
+  }
+  fill_table(memory, table, THREADS);
+  __syncthreads();
+  wait_for_previous();  // which may have rotated x, and use y and what is handed over
+  if (brings)
+    for (int unit = wk; unit < STAGES; unit += WK) source.bring(ring, unit, unit);
+  float acc[PRODUCTS][TOKENS / 2];
+  #pragma unroll
+  for (int i = 0; i < PRODUCTS * TOKENS / 2; ++i) (&acc[0][0])[i] = 0;
+  multiply_units(acc, r, first, wk, ring, source, part, brings);
+  __syncthreads();  // nobody looks up any more: sums lie where the table was
+  float4* const sums = (float4*)memory;
+  #pragma unroll
+  for (int j = 0; j < HELD; ++j) {
+    const float* const from = acc[j / BLOCKS_OF_8] + j % BLOCKS_OF_8 * 4;
+    sums[((wk * WR * 4 + wr * 4 + warp % 4) * HELD + j) * 32 + lane] = make_float4(from[0], from[1], from[2], from[3]);
+  }
+  __syncthreads();
+  add_up(sums, (float4*)handed + (size_t)tile * (parts - 1) * TILE_FRAGMENTS * 32, parts, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
+}

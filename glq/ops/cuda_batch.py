@@ -1,0 +1,137 @@
+"""The product with some tokens on a Hopper GPU: launches ops/batch.cu, for trellis codecs."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
+from glq.ops.cuda_rotate import FRAGMENTS, rotate_tiles
+from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.packed import PackedLinear
+
+_SHARED = 227 * 1024  # bytes of shared memory of a block
+_ROTATION = 3 * 1024  # of them that the next rotation takes
+_BARRIERS = 256  # bytes
+_MAX_STAGES = 12
+_MAX_PARTS = 8  # so that only 18 such kernels and more at a time could wait for each other (batch.cu)
+_SMALL = 1 << 25  # weights of a matrix
+MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a block of threads."""
+
+    tokens: int  # of a tile of y
+    shared_by: int  # warps that have a tile of codes together
+    wr: int  # warpgroups side by side along the rows
+    wk: int  # warpgroups that take turns along the columns
+    room: int = 0  # threads beside them that registers are left for
+
+    @property
+    def rows(self) -> int:
+        """Of a tile of y."""
+        return 256 // self.shared_by * self.wr
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.wr * self.wk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is spread over the GPU: ops/batch.cu."""
+
+    codec: Trellis
+    dtype: torch.dtype  # of x: fp16 or bf16
+    scale: torch.dtype
+    shape: Shape
+    copies: int  # of the table in shared memory
+    stages: int  # units of x on their way
+    parts: int  # blocks that have a tile of y together
+    far: int = 3  # units whose codes are requested into the L2 cache ahead of their loads
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a block. The stages lie in the holes of a table that has some."""
+        table, stages = table_bytes(self.codec, self.copies), self.stages * self.shape.tokens * 128
+        sums = 4 * self.shape.wk * self.shape.rows * self.shape.tokens  # where the rest was
+        return max(table if spread(self.codec, self.copies) else table + stages + _BARRIERS, sums)
+
+    @property
+    def source(self) -> nvrtc.Source:
+        defined = macros(
+            self.codec,
+            self.copies,
+            self.dtype,
+            self.scale,
+            TOKENS=self.shape.tokens,
+            SHARED_BY=self.shape.shared_by,
+            WR=self.shape.wr,
+            WK=self.shape.wk,
+            STAGES=self.stages,
+            FAR=self.far,
+            ROOM=self.shape.room,
+        )
+        parts = ("ptx", "tiles", "wgmma", "exchange")
+        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/batch.cu"), defined, of_one_arch=True)
+
+    def tiles(self, tokens: int, out_features: int) -> int:
+        """Of y."""
+        return -(-tokens // self.shape.tokens) * -(-out_features // self.shape.rows)
+
+
+def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiprocessors: int) -> Plan | None:
+    """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prefill.cu was."""
+    codec, rows, cols = get_codec(weight.codec), weight.out_features, weight.in_features
+    assert isinstance(codec, Trellis)
+    shape = _shape(tokens, rows, cols, codec.signed_lookup)
+    if shape is None:
+        return None
+    return spread_out(fill(codec, dtype, weight.scale.dtype, shape), tokens, rows, cols, multiprocessors)
+
+
+def _shape(tokens: int, out_features: int, in_features: int, signed: bool) -> Shape | None:
+    small = out_features * in_features < _SMALL
+    if tokens <= 32:
+        return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 3)
+    if tokens <= 64:
+        return Shape(64, 2, 1, 3) if small else Shape(64, 2, 1, 4)
+    if tokens <= 128 and (small or in_features > out_features):
+        return Shape(128, 2, 1, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 4, 2, 2)
+    return None
+
+
+def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, parts: int = 1) -> Plan:
+    """As many copies of the table as 128 KB hold, and as many stages as there is room for."""
+    copies, stage = copies_in(codec, 128), 128 * shape.tokens
+    left = 3 * HOLE if spread(codec, copies) else _SHARED - _ROTATION - table_bytes(codec, copies)
+    return Plan(codec, dtype, scale, shape, copies, min(_MAX_STAGES, (left - _BARRIERS) // stage), parts)
+
+
+def spread_out(plan: Plan, tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+    """The same, with as many blocks for each tile of y as there are multiprocessors for, up to _MAX_PARTS."""
+    parts = multiprocessors // plan.tiles(tokens, out_features)
+    return replace(plan, parts=max(1, min(parts, -(-in_features // 64), _MAX_PARTS)))
+
+
+def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan) -> Tensor:
+    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16, on a GPU whose arch is 90."""
+    trellis = get_codec(weight.codec)
+    assert isinstance(trellis, Trellis)
+    tokens, rows = len(x), weight.out_features
+    row_tiles, col_tiles, _ = weight.codes.shape
+    tiles = plan.tiles(tokens, rows)
+    assert plan.parts <= col_tiles
+    padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
+    rotated = rotate_tiles(x, weight.signs, weight.block, padded, FRAGMENTS, gpu)
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    sums = tiles * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens
+    table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(sums)
+    tensors = (weight.codes, rotated, table, weight.scale, y, handed)
+    sizes = (tokens, padded, rows, row_tiles, col_tiles, plan.parts)
+    gpu.launch(plan.source, "batch", tiles * plan.parts, plan.shape.threads, plan.shared, *tensors, *sizes)
+    return y
