@@ -1,6 +1,6 @@
 """The product with very many tokens on an NVIDIA GPU: W in 16 bits, then PyTorch's product.
 
-By ops/unrotate.cu in the model's basis, or, cheaper, by ops/dequantize.cu in the rotated one, for which x is rotated, too.
+By ops/unrotate.cu in the model's basis; or, cheaper, by ops/dequantize.cu in the rotated one, for which x is rotated.
 """
 
 from dataclasses import dataclass

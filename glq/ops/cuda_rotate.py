@@ -12,7 +12,7 @@ _RESIDENT = 8  # blocks of threads on a multiprocessor for more
 
 
 def rotate_tiles(x: Tensor, signs: Tensor, block: int, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
-    """x [tokens, in] fp16 or bf16 → [column tiles, held ≥ tokens, 72 (TILES) or 64]; rows beyond the tokens are not written."""
+    """x [tokens, in] fp16 or bf16 → [column tiles, held ≥ tokens, 72 (TILES) or 64]; rows beyond are not written."""
     tiles = x.new_empty(-(-x.shape[1] // 64), held, 72 if layout == TILES else 64)
     return _rotate(x, signs, block, tiles, held, layout, gpu)
 
