@@ -128,7 +128,7 @@ def test_steps_are_recorded_proved_and_replayed(tiny_model, monkeypatch, seen):
         with pytest.warns(UserWarning, match="keeps its kernels: done again, it is not the same"):
             found = logits_of_steps(model, GraphedForward(forward))
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    assert len(calls) == (2 if seen else 6)
+    assert len(calls) == (2 if seen else 7)  # one more to see how far the model is from itself
     calls.clear()
     assert torch.equal(logits_of_steps(model, GraphedForward(forward, fused=False)), expected)
     assert len(calls) == 6
