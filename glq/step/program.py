@@ -128,8 +128,10 @@ class Part:
         try:
             made = self.work.run(memory.beside(copies))
             for value, tensor in [*zip(self.work.outputs, made, strict=True), *copies.items()]:
-                if not _close(tensor, memory.get(value)):
-                    raise GlqError("it computes something else than PyTorch")
+                expected = memory.get(value)
+                if not _close(tensor, expected):
+                    apart = (tensor.double() - expected.double()).norm() / expected.double().norm()
+                    raise GlqError(f"it computes something else than PyTorch, {apart.item():.2g} of its size away")
         except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
             warnings.warn(f"a kernel for {_names(self.calls)} is not used: {error}", stacklevel=2)
             self.work = None
