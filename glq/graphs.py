@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 
 from glq import nvrtc
 from glq.errors import GlqError
@@ -139,9 +141,38 @@ def _is_step(cache: Any, inputs: dict[str, Any]) -> bool:
         isinstance(ids, Tensor)
         and ids.is_cuda
         and ids.shape[-1] == 1
-        and isinstance(cache, StaticCache)
-        and all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
+        and _stays(cache)
         and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _stays(cache: Any) -> bool:
+    """Whether it is a cache whose memory stays where it is."""
+    return isinstance(cache, StaticCache) and all(
+        type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers
+    )
+
+
+def _mask_for_step(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
+    """In the place of transformers' `create_masks_for_generate`, which takes some 20 operations ahead of each step.
+
+    For a step it is the mask of tokens, filled up to the cache's length: the forward pass makes the same of it, and
+    that is part of the graph.
+    """
+    if (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.ndim == 2
+        and inputs_embeds.shape[1] == 1
+        and config._attn_implementation == "sdpa"
+        and _stays(past_key_values)
+    ):
+        return pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]))
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        **others,
     )
 
 
@@ -174,3 +205,5 @@ def decode_in_graphs(model: PreTrainedModel, fused: bool = True) -> None:
     fused: with fewer and faster kernels for what lies between the model's products.
     """
     model.get_compiled_call = _Calls(model, fused)
+    if not hasattr(type(model), "create_masks_for_generate"):  # a model that has one knows better
+        model.create_masks_for_generate = _mask_for_step
