@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 
 from glq import nvrtc
 from glq.errors import GlqError
 from glq.step.program import Program
-from glq.step.record import record
+from glq.step.proof import prove
+from glq.step.record import Recording, record
+
+_RECORDINGS = 3  # of one step whose calls are not yet the same each time
 
 
 class GraphedForward:
@@ -31,7 +36,7 @@ class GraphedForward:
     one token and a static cache runs as it is.
 
     fused: the first call is recorded, and small operations become few kernels (glq.step). The second call is done both
-    ways, and if the two differ, the model's own pass is what is captured.
+    ways, and if the two differ by more than the model does from itself, the model's own pass is what is captured.
     """
 
     def __init__(self, forward: Callable[..., Any], fused: bool = True) -> None:
@@ -39,11 +44,19 @@ class GraphedForward:
         self._key: tuple[Any, ...] | None = None
         self._forget()
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether a graph of few kernels is replayed."""
+        return self._graph is not None and self._proved
+
     def _forget(self) -> None:
+        self.remark = ""  # in which way fused steps are not, bit for bit, the model's before kernels are fused
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._output: Any = None
         self._unproven: Program | None = None
+        self._proved = False
+        self._recordings = 0
         self._next: Callable[[], Any] | None = None  # a step on `_inputs`
 
     @torch.no_grad()
@@ -78,20 +91,30 @@ class GraphedForward:
         if not self._fused or not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
             return self._next()
         output, recording = record(self._next)
+        self._try(recording, device)
+        return output
+
+    def _try(self, recording: Recording, device: torch.device) -> None:
+        self._recordings += 1
         try:
             self._unproven = Program(recording, nvrtc.gpu(device))
         except GlqError as error:
-            warnings.warn(f"the decoding step keeps its kernels: {error}", stacklevel=3)
-        return output
+            self._keep_kernels(str(error))
 
     def _prove(self, program: Program, step: Callable[[], Any]) -> Any:
-        output, right = program.proves_right(step)
-        self._unproven = None
-        if right:
+        proof = prove(program, step)
+        self._unproven, self.remark, self._proved = None, proof.remark, proof.right
+        if proof.right:
             self._next = program.run
+        elif proof.again is not None and self._recordings < _RECORDINGS:
+            self._try(proof.again, self._inputs[0].device)
         else:
-            warnings.warn("the decoding step keeps its kernels: done again, it is not the same", stacklevel=3)
-        return output
+            self._keep_kernels(proof.remark)
+        return proof.output
+
+    def _keep_kernels(self, reason: str) -> None:
+        self.remark = reason
+        warnings.warn(f"the decoding step keeps its kernels: {reason}", stacklevel=5)
 
     def _capture(self, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -118,9 +141,38 @@ def _is_step(cache: Any, inputs: dict[str, Any]) -> bool:
         isinstance(ids, Tensor)
         and ids.is_cuda
         and ids.shape[-1] == 1
-        and isinstance(cache, StaticCache)
-        and all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
+        and _stays(cache)
         and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _stays(cache: Any) -> bool:
+    """Whether it is a cache whose memory stays where it is."""
+    return isinstance(cache, StaticCache) and all(
+        type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers
+    )
+
+
+def _mask_for_step(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
+    """In the place of transformers' `create_masks_for_generate`, which takes some 20 operations ahead of each step.
+
+    For a step it is the mask of tokens, filled up to the cache's length: the forward pass makes the same of it, and
+    that is part of the graph.
+    """
+    if (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.ndim == 2
+        and inputs_embeds.shape[1] == 1
+        and config._attn_implementation == "sdpa"
+        and _stays(past_key_values)
+    ):
+        return pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]))
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        **others,
     )
 
 
@@ -153,3 +205,5 @@ def decode_in_graphs(model: PreTrainedModel, fused: bool = True) -> None:
     fused: with fewer and faster kernels for what lies between the model's products.
     """
     model.get_compiled_call = _Calls(model, fused)
+    if not hasattr(type(model), "create_masks_for_generate"):  # a model that has one knows better
+        model.create_masks_for_generate = _mask_for_step

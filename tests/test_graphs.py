@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import make_model
 from emulator import Emulator
-from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 import glq
 import glq.hf_integration
 from glq import nvrtc
-from glq.graphs import GraphedForward, _addresses, _is_step, decode_in_graphs
+from glq.graphs import GraphedForward, _addresses, _is_step, _mask_for_step, decode_in_graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -79,6 +80,28 @@ def test_a_loaded_model_has_graphs_of_its_own(tiny_checkpoint, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("padded", [0, 2])
+def test_a_step_makes_its_mask_itself(tiny_model, padded):
+    """Of the mask of tokens, as long as the cache; anything but a step in a static cache has what it had."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    tokens = torch.ones_like(ids)
+    tokens[0, :padded] = 0
+    logits = []
+    for make in (create_masks_for_generate, _mask_for_step):
+        cache = StaticCache(config=model.config, max_cache_len=9)
+        model(input_ids=ids[:, :3], attention_mask=tokens[:, :3], past_key_values=cache)
+        mask = make(model.config, torch.empty(2, 1, 0), tokens, cache)
+        where = {"position_ids": tokens.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        logits.append(model(input_ids=ids[:, 3:], attention_mask=mask, **where).logits)
+    assert mask.shape == (2, 9)
+    assert torch.equal(*logits)
+    for size, other in ((3, cache), (1, DynamicCache())):
+        given = (model.config, torch.empty(2, size, 0), tokens, other)
+        made, expected = _mask_for_step(*given), create_masks_for_generate(*given)
+        assert made is expected is None or torch.equal(made, expected)
+
+
 class Replayed:
     """A graph on a CPU: the step, done again."""
 
@@ -128,7 +151,7 @@ def test_steps_are_recorded_proved_and_replayed(tiny_model, monkeypatch, seen):
         with pytest.warns(UserWarning, match="keeps its kernels: done again, it is not the same"):
             found = logits_of_steps(model, GraphedForward(forward))
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    assert len(calls) == (2 if seen else 6)
+    assert len(calls) == (2 if seen else 7)  # one more to see how far the model is from itself
     calls.clear()
     assert torch.equal(logits_of_steps(model, GraphedForward(forward, fused=False)), expected)
     assert len(calls) == 6

@@ -63,9 +63,9 @@ def values_in(tree: Any) -> tuple[Value, ...]:
     return tuple(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Value))
 
 
-def record(step: Callable[[], Any]) -> tuple[Any, Recording]:
-    """What `step` returns, and how it came about."""
-    recorder = _Recorder()
+def record(step: Callable[[], Any], seen: Callable[[Call, list[Tensor]], None] | None = None) -> tuple[Any, Recording]:
+    """What `step` returns, and how it came about. seen: is told each call and the tensors that it made."""
+    recorder = _Recorder(seen)
     with torch.no_grad(), _WholeAttention(recorder), recorder:
         output = step()
     recording = recorder.recording
@@ -75,8 +75,9 @@ def record(step: Callable[[], Any]) -> tuple[Any, Recording]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, seen: Callable[[Call, list[Tensor]], None] | None = None) -> None:
         super().__init__()
+        self._seen = seen
         self.recording = Recording()
         self.made: dict[Value, Tensor] = {}  # without any tensor as input
         self.quiet = False
@@ -109,9 +110,12 @@ class _Recorder(TorchDispatchMode):
         makes = tuple(self._values[x] for x in made)
         writes = tuple(self.value(x).root for x in _tensors(changed))
         named_output = tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, output)
-        self.recording.calls.append(
-            Call(function, named_args, named_kwargs, named_output, tuple(values), writes, makes)
-        )
+        call = Call(function, named_args, named_kwargs, named_output, tuple(values), writes, makes)
+        self.recording.calls.append(call)
+        if self._seen is not None:
+            quiet, self.quiet = self.quiet, True
+            self._seen(call, made)
+            self.quiet = quiet
         if not given:
             self.made |= zip(makes, made, strict=True)
 
