@@ -263,6 +263,15 @@ def test_dequantize_fits_every_architecture():
             assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
 
 
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_unrotate_fits_every_architecture(arch):
+    gpu = Emulator(132, SHARED_MEMORY.get(arch, 100) * 1024)
+    for name in ("trellis-2.75", "trellis-4"):
+        plan = cuda_dequantize.make_plan(TRELLISES[name], torch.bfloat16, torch.float16, 2048, gpu)
+        assert plan.shared + nvrtc.RESERVED <= gpu.shared_memory
+        assert plan.source.compile(f"sm_{arch}")[:4] == b"\x7fELF"
+
+
 @emulated
 @pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])

@@ -121,33 +121,6 @@ __device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r,
 
 // ---- sums ----
 
-struct Output {
-  u16* y;
-  const void* scale;
-  int tokens, rows;
-
-  // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
-  __device__ __forceinline__ void put(float4 sum, int row, int token) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
-    const float low = row + g < rows ? load_scale(scale, row + g) : 0, high = row + 8 + g < rows ? load_scale(scale, row + 8 + g) : 0;
-    const u32 first = transpose(to16(sum.x * low) | (u32)to16(sum.y * low) << 16);
-    const u32 second = transpose(to16(sum.z * high) | (u32)to16(sum.w * high) << 16);
-    if (token + g >= tokens) return;
-    u16* const to = y + (size_t)(token + g) * rows;
-    put2(to, at, first);
-    put2(to, at + 8, second);
-  }
-  __device__ __forceinline__ void put2(u16* to, int row, u32 pair) const {
-    if (rows % 2 == 0) {
-      if (row < rows) *(u32*)(to + row) = pair;
-    } else {
-      if (row < rows) to[row] = (u16)pair;
-      if (row + 1 < rows) to[row + 1] = (u16)(pair >> 16);
-    }
-  }
-};
-__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
-
 // What the blocks of a tile have of y, each its share of the fragments. sums: [WK][TILE_FRAGMENTS][32], what this one's warps have; handed: of
 // the tile, [parts - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
 __device__ __forceinline__ void add_up(const float4* sums, float4* handed, int parts, int rank, const Output& out, int row, int token) {
@@ -171,7 +144,8 @@ __device__ __forceinline__ void add_up(const float4* sums, float4* handed, int p
     add_parts(sum, (float*)(handed + f * 32 + lane), TILE_FRAGMENTS * 128, parts - 1);
     const int of_warp = f / HELD, m = f % HELD / BLOCKS_OF_8;  // where the warp that had it has its rows
     const int tile = of_warp / 4 * PRODUCTS + of_warp % 4 / SHARED_BY, part = of_warp % 4 % SHARED_BY;
-    out.put(sum, row + 64 * tile + 16 * (part * PRODUCTS + m), token + f % BLOCKS_OF_8 * 8);
+    const int first = row + 64 * tile + 16 * (part * PRODUCTS + m);
+    out.put(sum, out.scales(first), first, token + f % BLOCKS_OF_8 * 8);
   }
 }
 

@@ -76,7 +76,7 @@ class Plan:
             FAR=self.far,
             ROOM=self.shape.room,
         )
-        parts = ("ptx", "tiles", "wgmma", "exchange")
+        parts = ("ptx", "tiles", "wgmma", "output", "exchange")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/batch.cu"), defined, of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:

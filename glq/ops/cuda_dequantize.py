@@ -64,7 +64,7 @@ class UnrotatePlan:
     @property
     def source(self) -> nvrtc.Source:
         own = {"OUT_BF16": int(self.dtype == torch.bfloat16), "BLOCK_TILES": self.block // 64, "BUFFERS": self.buffers}
-        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/slices.cuh", "ops/unrotate.cu")
+        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/unrotate.cu")
         return nvrtc.Source(files, macros(self.codec, self.copies, torch.float16, self.scale, **own))
 
 

@@ -78,7 +78,7 @@ class Plan:
             STAGES=self.stages,
             ROOM=self.shape.room,
         )
-        parts = ("ptx", "tiles", "steps", "wgmma", "exchange", "runs")
+        parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:

@@ -25,6 +25,7 @@ template <int COUNT> __device__ __forceinline__ void take_over(float4 (&v)[COUNT
     v[i] = make_float4(__uint_as_float(words[i].x), __uint_as_float(words[i].y), __uint_as_float(words[i].z), __uint_as_float(words[i].w));
   }
 }
+__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
 // sum += what `count` blocks hand over, `apart` floats from one to the next, in this order.
 __device__ __forceinline__ void add_parts(float4& sum, float* from, int apart, int count) {
   constexpr int AT_ONCE = __CUDA_ARCH__ == 900 ? 4 : 2;  // elsewhere the assembler runs out of registers
@@ -43,8 +44,7 @@ __device__ __forceinline__ void add_parts(float4& sum, float* from, int apart, i
     for (int i = 0; i < AT_ONCE; ++i) {
       if (i >= count) break;
       store_shared_by_gpu(from + i * apart, EMPTY, EMPTY, EMPTY, EMPTY);
-      sum.x += __uint_as_float(words[i].x), sum.y += __uint_as_float(words[i].y);
-      sum.z += __uint_as_float(words[i].z), sum.w += __uint_as_float(words[i].w);
+      add(sum, make_float4(__uint_as_float(words[i].x), __uint_as_float(words[i].y), __uint_as_float(words[i].z), __uint_as_float(words[i].w)));
     }
   }
 }

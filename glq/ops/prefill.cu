@@ -1,11 +1,31 @@
 // y = x Vᵀ · scale for many tokens on Hopper: some warps decode V into shared memory, warpgroups multiply what is there.
 //
-// A ring of STAGES holds units: a job of a decoding warp is 16 columns of 64 rows; x, which comes rotated, is copied by the one that
-// has a unit's first job.
-// Macros, besides those of runs.cuh: DECODERS (warps, by fours), STAGES, ROOM (threads beside these that registers are left for).
+// A tile of y is 64 rows a warpgroup × TOKENS tokens; a unit is one step of it, 64 columns. Units, tile after tile, are cut
+// into as many equal runs as there are blocks. A ring of STAGES holds units: a job of a decoding warp is 16 columns of 64
+// rows; x, which comes rotated, is copied by the one that has a unit's first job.
+// Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
+// the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
+// a tile whose sums come from others, which are blocks before it, is its last.
+// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128 or 256), WARPGROUPS, DECODERS (warps, by fours),
+// STAGES, ROOM (threads beside these that registers are left for).
 
-static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS);
+static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
+static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
+
+// ---- which units a run has ----
+
+struct Work {
+  int units, row_tiles, col_tiles, token_blocks;
+
+  __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
+    units = (row_tiles + WARPGROUPS - 1) / WARPGROUPS * token_blocks * col_tiles;
+  }
+  __device__ int begin(int run) const { return (int)((long long)units * run / (int)gridDim.x); }
+  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * (int)gridDim.x - 1) / units); }
+  __device__ int row_tile(int tile) const { return tile / token_blocks * WARPGROUPS; }  // the first one
+};
+__device__ __forceinline__ int own_run() { return gridDim.x - 1 - blockIdx.x; }
 
 // ---- the ring ----
 
@@ -147,6 +167,34 @@ __device__ __forceinline__ void multiply_units(float* acc, int count, const Ring
   place.advance(1);
 }
 
+// ---- sums ----
+
+// Where a thread's sums lie in what blocks hand over: all have the same ones of a tile.
+__device__ __forceinline__ int place_in_slot() { return threadIdx.x / 128 * 64 * TOKENS + threadIdx.x % 128 * 4; }
+__device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+}
+// acc += what other blocks hand over, of the runs from `first` to `last`.
+__device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
+  constexpr int AT_ONCE = TOKENS < 32 || TOKENS == 128 ? 2 : 4;
+  static_assert(TOKENS / 8 % AT_ONCE == 0, "all of a thread's sums");
+  #pragma unroll 1
+  for (int run = first; run <= last; ++run) {
+    float* const from = handed + (size_t)run * SLOT + place_in_slot();
+    #pragma unroll
+    for (int i = 0; i < TOKENS / 8; i += AT_ONCE) {
+      float4 v[AT_ONCE];
+      take_over(v, from + 512 * i, 512);
+      #pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        float* const to = acc + 4 * (i + j);
+        to[0] += v[j].x, to[1] += v[j].y, to[2] += v[j].z, to[3] += v[j].w;
+      }
+    }
+  }
+  __syncwarp();
+}
 __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring, const Output& out, float* handed) {
   const int run = own_run(), begin = work.begin(run), end = work.begin(run + 1), col_tiles = work.col_tiles;
   Place place{0, 0};
@@ -154,7 +202,15 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
   for (int unit = begin; unit < end;) {
     const int tile = unit / col_tiles, tile_begin = tile * col_tiles, tile_end = tile_begin + col_tiles, stop = min(end, tile_end);
     multiply_units(acc, stop - unit, ring, place);
-    finish_tile(acc, work, out, handed, unit, stop);
+    if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
+    else {
+      if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
+      const int row = work.row_tile(tile) * 64 + threadIdx.x / 32 * 16;
+      const float2 by = out.scales(row);
+      #pragma unroll
+      for (int i = 0; i < TOKENS / 8; ++i)
+        out.put(make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), by, row, tile % work.token_blocks * TOKENS + 8 * i);
+    }
     unit = stop;
   }
 }

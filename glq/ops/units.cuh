@@ -44,8 +44,6 @@ __device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, 
 
 // ---- sums ----
 
-__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x; a.y += b.y; a.z += b.z; a.w += b.w; }
-
 // The sums that the block has of a group of rows, added up over its warps: put(token, row, 4 rows' sums).
 // shared: [WARPS][8 tokens at once][64] floats, of which two tokens' rows are swapped by eights, to keep banks apart.
 template <typename F> __device__ __forceinline__ void take_sums(float (*acc)[NT][4], float* shared, int tokens, int warp, F put) {

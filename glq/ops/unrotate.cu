@@ -3,12 +3,61 @@
 // A slice is 16 rows of 32 column tiles. Each of 16 warps decodes two tiles' part of it into fragments and transforms the 64
 // columns of a tile: 16 by tensor cores, 4 by sums. The rest of the transform, across tiles, is a product of tensor cores, too,
 // after a trip through shared memory in fp16, a row a warp. Blocks have equal runs of slices; four have the same codes.
-// Macros, besides those of slices.cuh, of which BF16 is 0: OUT_BF16, BLOCK_TILES (of the rotation: 1, 2, 4, 8, 16 or 32), BUFFERS
+// Macros, besides those of tiles.cuh, of which BF16 is 0: OUT_BF16, BLOCK_TILES (of the rotation: 1, 2, 4, 8, 16 or 32), BUFFERS
 // (of values in shared memory: 1 or 2).
 
 static constexpr int WARPS = 16, THREADS = 32 * WARPS, TILES = 2 * WARPS;
 static constexpr int ROW_WORDS = 32 * TILES + 8;  // of pairs of fp16 that a row takes in shared memory; 8 keep banks apart
 static constexpr int BUFFER_WORDS = 16 * ROW_WORDS, SIGN_WORDS = 32 * TILES;
+
+// ---- codes ----
+
+static constexpr int MOVED = CODE_BITS / 4;  // bits of a word that a slice has
+
+// Word i of a lane's string, which begins at any bit.
+__device__ __forceinline__ uint2 word_of(const u32* r, int i) {
+  u32 w[2];
+  #pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int at = CODE_BITS * i + 32 * j, left = CODE_BITS - 32 * j;
+    if (left <= 0) w[j] = 0;
+    else w[j] = __funnelshift_r(r[at / 32], r[min(at / 32 + 1, REGS - 1)], at % 32) & (left < 32 ? (1u << left % 32) - 1 : ~0u);
+  }
+  return make_uint2(w[0], w[1]);
+}
+// Register e of the fragment of step s, of words that begin with the slice.
+__device__ __forceinline__ u32 pair_of(const u32* word, int e, u32 copy) {
+  const int at = CODE_BITS * (e % 2) / 8;
+  return value(SIGNED ? bits16(word, at) : twice(word, at), copy);
+}
+
+// A lane's words of a tile: the strips that begin with them, as many bits as a word has. Slices take the same instructions,
+// since the strips move on from one to the next.
+struct Words {
+  u32 w[8][2];  // first, as load_codes has them
+
+  __device__ __forceinline__ void load(const u8* tile, int lane) { load_codes(w[0], tile, lane); }
+  __device__ __forceinline__ void separate() {
+    u32 r[REGS];
+    #pragma unroll
+    for (int i = 0; i < REGS; ++i) r[i] = w[i / 2][i % 2];
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint2 word = word_of(r, i);
+      w[i][0] = word.x, w[i][1] = word.y;
+    }
+  }
+  __device__ __forceinline__ void move_on() {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const u32 next = __shfl_sync(~0u, w[i][0], (threadIdx.x + 4) & 31) & ((1u << MOVED) - 1);  // of the next row
+      const unsigned long long moved = ((unsigned long long)w[i][1] << 32 | w[i][0]) >> MOVED | (unsigned long long)next << (CODE_BITS - MOVED);
+      w[i][0] = (u32)moved;
+      w[i][1] = (u32)(moved >> 32);
+    }
+  }
+  __device__ __forceinline__ u32 pair(int s, int e, u32 copy) const { return pair_of(w[2 * s + e / 2], e, copy); }
+};
 
 // ---- first pass: within a tile ----
 

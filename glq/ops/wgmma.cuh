@@ -58,21 +58,11 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #define GLQ_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define GLQ_D32(d, i) GLQ_D8(d, i), GLQ_D8(d, i + 4), GLQ_D8(d, i + 8), GLQ_D8(d, i + 12)
 #define GLQ_D64(d, i) GLQ_D32(d, i), GLQ_D32(d, i + 16)
-#if TOKENS == 8
-#define GLQ_SUMS GLQ_R8
-#define GLQ_DESCRIBED "%4, %5"
-#define GLQ_FRAGMENT "{%4,%5,%6,%7}, %8"
-#define GLQ_D(d) GLQ_D8(d, 0)
-#elif TOKENS == 16
+#if TOKENS == 16
 #define GLQ_SUMS GLQ_R16
 #define GLQ_DESCRIBED "%8, %9"
 #define GLQ_FRAGMENT "{%8,%9,%10,%11}, %12"
 #define GLQ_D(d) GLQ_D8(d, 0), GLQ_D8(d, 4)
-#elif TOKENS == 24
-#define GLQ_SUMS GLQ_R24
-#define GLQ_DESCRIBED "%12, %13"
-#define GLQ_FRAGMENT "{%12,%13,%14,%15}, %16"
-#define GLQ_D(d) GLQ_D8(d, 0), GLQ_D8(d, 4), GLQ_D8(d, 8)
 #elif TOKENS == 32
 #define GLQ_SUMS GLQ_R32
 #define GLQ_DESCRIBED "%16, %17"

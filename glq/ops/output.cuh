@@ -1,0 +1,30 @@
+// Sums of products of warpgroups, scaled, to y: fragments of 16 rows × 8 tokens (prefill.cu, batch.cu).
+struct Output {
+  u16* y;
+  const void* scale;
+  int tokens, rows;
+
+  // Of a lane's two rows of a fragment that begins at `row`.
+  __device__ __forceinline__ float2 scales(int row) const {
+    const int g = threadIdx.x % 32 / 4;
+    return make_float2(row + g < rows ? load_scale(scale, row + g) : 0, row + 8 + g < rows ? load_scale(scale, row + 8 + g) : 0);
+  }
+  // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
+  __device__ __forceinline__ void put(float4 sum, float2 by, int row, int token) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
+    const u32 first = transpose(to16(sum.x * by.x) | (u32)to16(sum.y * by.x) << 16);
+    const u32 second = transpose(to16(sum.z * by.y) | (u32)to16(sum.w * by.y) << 16);
+    if (token + g >= tokens) return;
+    u16* const to = y + (size_t)(token + g) * rows;
+    put2(to, at, first);
+    put2(to, at + 8, second);
+  }
+  __device__ __forceinline__ void put2(u16* to, int row, u32 pair) const {
+    if (rows % 2 == 0) {
+      if (row < rows) *(u32*)(to + row) = pair;
+    } else {
+      if (row < rows) to[row] = (u16)pair;
+      if (row + 1 < rows) to[row + 1] = (u16)(pair >> 16);
+    }
+  }
+};
