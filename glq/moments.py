@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRIOR = 1.0  # times its inputs: tokens that the average of a layer's experts counts for in the moments of each
+PRIOR = 0.5  # times its inputs: tokens that the average of a layer counts for in the moments of each expert
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class SourceModel:
         plan = getattr(self.config.get_text_config(), "base_model_tp_plan", None) or {}
         patterns = [f"*.{pattern}" for pattern, style in plan.items() if style.startswith("rowwise")]
         found = {name for name in self.layers if any(fnmatchcase(name, pattern) for pattern in patterns)}
-        experts = (module for module in self.model.modules() if isinstance(module, DenseExperts))
+        experts = [module for module in self.model.modules() if isinstance(module, DenseExperts) and found]
         return frozenset(found.union(*(module.products[1].entries for module in experts)))
 
     def as_linear(self, name: str, device: torch.device) -> dict[str, nn.Linear]:
