@@ -157,6 +157,14 @@ def test_gate_and_up_of_one_codec_are_one_product(kind, quantized):
     assert joint == ([False, True] if kind == "qwen3-moe" else [True, True])
 
 
+def test_torch_compile_takes_any_number_of_tokens(quantized):
+    experts = load(quantized.path).model.layers[1].mlp.experts
+    compiled = torch.compile(experts, backend="aot_eager", dynamic=True, fullgraph=True)
+    for tokens in (3, 8, 21):
+        args = torch.randn(tokens, 96), torch.randint(0, experts.count, (tokens, 2)), torch.rand(tokens, 2)
+        torch.testing.assert_close(compiled(*args), experts(*args))
+
+
 def test_an_expert_of_another_device_counts_nothing(quantized):
     experts = load(quantized.path).model.layers[1].mlp.experts
     x, weights = torch.randn(5, 96), torch.rand(5, 2)
