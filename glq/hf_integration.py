@@ -81,6 +81,7 @@ class GlqHfQuantizer(HfQuantizer):
                 model.set_output_embeddings(TiedHead(quantized))
                 model.all_tied_weights_keys = {}
                 model._tied_weights_keys = {}
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
             found = summarize(folder, self._config).tensors
@@ -91,6 +92,8 @@ class GlqHfQuantizer(HfQuantizer):
         return list(self._conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, parameter in model.named_parameters():  # 5.19 leaves those that it renames as they were
+            parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear | QuantEmbedding) and not torch.isfinite(module.scale).all():
                 raise GlqError(f"{name}.scale holds NaN or infinite values: the file is damaged, get it again")
