@@ -78,6 +78,7 @@ MOE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 256,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
@@ -93,7 +94,7 @@ def make_moe(path: Path, kind: str, **changes) -> Path:
 
     torch.manual_seed(0)
     if kind == "qwen3-moe":
-        own = {"num_experts": 6, "moe_intermediate_size": 72, "head_dim": 24, "norm_topk_prob": True}
+        own = {"num_experts": 6, "moe_intermediate_size": 72, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE | own | changes))
     else:
         own = {"num_local_experts": 4, "intermediate_size": 128, "sliding_window": None}
