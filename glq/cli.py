@@ -130,8 +130,9 @@ def quantize(
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(
-                f"{len(result.unreached)} experts read few of the calibration tokens, {name} the least: {tokens}. What "
-                "their layer reads on average counted more for them: --tokens takes more (quantization.json has counts)"
+                f"{len(result.unreached)} experts read few of the calibration tokens, least {name} ({tokens}), and "
+                "were rounded for what their layer reads on average more than for their own. --tokens takes more; "
+                "quantization.json has all counts"
             )
 
 

@@ -41,6 +41,14 @@ def refuse_unknown(name: str, experts: Any) -> None:
         raise GlqError(f"{name}: experts of type {type(experts).__name__} have {what}, which glq cannot quantize yet")
 
 
+def refuse_other_experts(name: str, block: nn.Module) -> None:
+    """GlqError for a decoder block that has modules with two 3-D parameters after its experts were replaced."""
+    for key, module in block.named_modules():
+        if sum(parameter.ndim == 3 for parameter in module.parameters(recurse=False)) > 1:
+            kind = type(module).__name__
+            raise GlqError(f"{name}.{key}: experts of type {kind} are kept in a form that glq does not know yet")
+
+
 class Experts(nn.Module):
     """Stands for a module of experts, whose activation it takes, with other products: `outer` and `inner`."""
 
@@ -148,11 +156,12 @@ class DenseExperts(Experts):
 def quantizable(block: nn.Module) -> Iterator[tuple[str, nn.Linear | ExpertLinear]]:
     """The layers of a decoder block that take part, with their names in it; routers do not.
 
-    Of the linear layers beside experts, those with no more outputs than there are experts are routers or gates.
+    Of the linear layers beside experts, those with no more outputs than there are experts are routers or gates. A class
+    with a forward of its own is more than a linear layer.
     """
     beside = {name.rpartition(".")[0]: m.count for name, m in block.named_modules() if isinstance(m, DenseExperts)}
     for name, module in block.named_modules():
         inside = [count for parent, count in beside.items() if name.startswith(f"{parent}.")]
-        routes = isinstance(module, nn.Linear) and module.out_features <= max(inside, default=0)
-        if isinstance(module, nn.Linear | ExpertLinear) and not routes:
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if isinstance(module, ExpertLinear) or (plain and module.out_features > max(inside, default=0)):
             yield name, module

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from glq.experts import part_names
 
@@ -77,6 +77,33 @@ class Naming:
         made = converter.convert(first, model=self.model, config=self.model.config)[name]
         return made[0] if isinstance(made, list) else made
 
+    def place_of(self, entry: str) -> tuple[str, str]:
+        """The module of experts that a name with * for their number belongs to, and which of their matrices it is."""
+        first = f"{entry.replace('*', '0')}.weight"
+        parameter, converter, pattern = self.target(first)
+        name, _, own = parameter.rpartition(".")
+        if converter is None:
+            name, _, own = self.renamed(first).removesuffix(".weight").rpartition(".0.")
+            return name, own
+        patterns, parts = converter.source_patterns, part_names(own)
+        return name, parts[patterns.index(pattern)] if len(patterns) == len(parts) else own
+
+    def expert_entries(self, parameter: str, origin: Origin, count: int) -> tuple[str, ...]:
+        """Names for the matrices of each expert of a 3-D parameter, with * for its number; none if there is no way.
+
+        Those of the files where these hold the experts one by one: then whatever loads the original finds these, too.
+        """
+        experts, _, own = parameter.rpartition(".")
+        parts = part_names(own)
+        patterns = [p for p in getattr(origin.converter, "source_patterns", ()) if p in origin.keys]
+        starred = [_starred(origin.keys[p], count).removesuffix(".weight") for p in patterns]
+        stored = origin.names[0].removesuffix(f".{own}")
+        for names in (starred, *([f"{name}.*.{part}" for part in parts] for name in (stored, experts))):
+            whole = len(names) == len(parts) and all(names)
+            if whole and [self.place_of(name) for name in names] == [(experts, part) for part in parts]:
+                return tuple(names)
+        return ()
+
     def _with_prefix(self, name: str) -> str:
         prefix = f"{self.model.base_model_prefix}."
         if name in self._known:
@@ -84,24 +111,6 @@ class Naming:
         if f"{prefix}{name}" in self._known:
             return f"{prefix}{name}"
         return name.removeprefix(prefix) if name.removeprefix(prefix) in self._known else name
-
-
-def expert_entries(parameter: str, origin: Origin, count: int) -> tuple[str, ...]:
-    """Names for the matrices of each expert of a 3-D parameter, with * for its number.
-
-    Those of the files where these hold the experts one by one: then whatever loads the original finds these, too.
-    """
-    operations = [type(operation) for operation in getattr(origin.converter, "operations", ())]
-    experts, _, own = parameter.rpartition(".")
-    parts = part_names(own)
-    if operations in ([MergeModulelist], [MergeModulelist, Concatenate]) and len(origin.keys) == len(parts):
-        patterns = [p for p in origin.converter.source_patterns if p in origin.keys]
-        starred = [_starred(origin.keys[p], count) for p in patterns]
-        if all(starred):
-            return tuple(name.removesuffix(".weight") for name in starred)
-    if origin.converter is None:
-        experts = origin.names[0].rpartition(".")[0]
-    return tuple(f"{experts}.*.{part}" for part in parts)
 
 
 def _starred(keys: list[str], count: int) -> str:

@@ -22,7 +22,7 @@ def place_experts(model: nn.Module, config: GlqConfig, naming: Naming) -> list[W
     endings: dict[str, str] = {}  # what a tensor's name has after the name of the experts' module → the part
     for entry, module in config.modules.items():
         if module.experts is not None:
-            name, part = _place_of(entry, naming)
+            name, part = naming.place_of(entry)
             own = naming.renamed(f"{entry.replace('*', '0')}.weight").removesuffix(".weight")
             if not own.startswith(f"{name}.0.") or part in found.setdefault(name, {}):
                 raise GlqError(f"{entry} has no place in {type(model).__name__}: config.json is not its own")
@@ -35,17 +35,6 @@ def place_experts(model: nn.Module, config: GlqConfig, naming: Naming) -> list[W
         for ending, part in endings.items()
         for key in PACKED_DTYPES
     ]
-
-
-def _place_of(entry: str, naming: Naming) -> tuple[str, str]:
-    """The module of experts that an entry belongs to, and which of its matrices it is."""
-    parameter, converter, pattern = naming.target(f"{entry.replace('*', '0')}.weight")
-    name, _, own = parameter.rpartition(".")
-    if converter is None:
-        name, _, own = entry.partition(".*.")
-        return naming.renamed(f"{name}.weight").removesuffix(".weight"), own
-    patterns = converter.source_patterns
-    return name, part_names(own)[patterns.index(pattern)] if len(patterns) == len(part_names(own)) else own
 
 
 def _checked(model: nn.Module, name: str, modules: dict[str, ModuleConfig]) -> Any:

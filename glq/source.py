@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from glq.errors import GlqError
-from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_unknown
+from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
 from glq.files import read_index
-from glq.naming import Naming, Origin, expert_entries
+from glq.naming import Naming, Origin
 
 
 class SourceModel:
@@ -49,6 +49,8 @@ class SourceModel:
         self._origins = self._naming.origins(self.files)
         self._split_experts()
         self.blocks = _find_blocks(self.model, self.config.model_type)
+        for block in self.blocks:
+            refuse_other_experts(block, self.module(block))
         self.replaced: dict[str, Tensor] = {}  # tensors that `read` returns instead of those in the files
         self._check_complete()
 
@@ -195,7 +197,9 @@ class SourceModel:
                         raise GlqError(
                             f"{self.path} lacks some of the {split.count} experts of {name}: it is incomplete"
                         )
-                    product.entries = expert_entries(own, origin, split.count)
+                    product.entries = self._naming.expert_entries(own, origin, split.count)
+                    if not product.entries:
+                        raise GlqError(f"{own}: transformers makes it of {origin.names[0]}, which glq does not know")
                     self._parameters[f"{own}.weight"] = own
                     if transposed:
                         self._transposed.add(self.stored_name(own))

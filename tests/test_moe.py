@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_moe
+import transformers
+from conftest import MOE, make_moe, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -236,7 +237,6 @@ def test_a_source_without_one_of_its_experts_is_refused(moe, tmp_path):
 
 
 def test_routers_stay_and_shared_experts_are_quantized(tmp_path):
-    from conftest import MOE
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
@@ -246,6 +246,40 @@ def test_routers_stay_and_shared_experts_are_quantized(tmp_path):
     found = {name.rpartition("mlp.")[2] for name, _ in quantizable(model.model.layers[0]) if "mlp." in name}
     shared = {f"shared_expert.{name}_proj" for name in ("gate", "up", "down")}
     assert found == shared | {"experts.gate_up_proj", "experts.down_proj"}
+
+
+FEW = {"num_hidden_layers": 1, "num_local_experts": 4, "intermediate_size": 64}
+
+
+def test_a_source_with_names_of_its_own_for_stacked_experts(text_file, tmp_path):
+    """Granite's files say input_linear, which says nothing of experts."""
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    sizes = {name: value for name, value in MOE.items() if name != "head_dim"}
+    model = GraniteMoeForCausalLM(GraniteMoeConfig(**sizes | FEW)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    settings = Settings(3, "nested-3", tokens=256, ctx=64)
+    glq.quantize(tmp_path / "model", tmp_path / "out", settings, calibration=text_file, device="cpu")
+    assert "model.layers.0.block_sparse_moe.input_linear.weight" in load_file(tmp_path / "model" / "model.safetensors")
+    names = inspect(tmp_path / "out").tensors
+    assert not [name for name in names if "input_linear" in name]
+    assert "model.layers.0.block_sparse_moe.experts.3.gate_proj.codes" in names
+    y, z = load(tmp_path / "out")(IDS).logits, glq.load(tmp_path / "out", device="cpu")(IDS).logits
+    assert (y - z).abs().max() / z.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [("GptOss", "have parameters gate_up_proj_bias, down_proj_bias"), ("Llama4", "a form that glq does not know yet")],
+)
+def test_experts_of_unknown_kinds_are_refused(kind, match, tmp_path):
+    name = {"Llama4": "Llama4Text"}.get(kind, kind)
+    config = getattr(transformers, f"{name}Config")(**MOE | FEW | {"moe_layers": [0], "layer_types": None})
+    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(GlqError, match=match) as info:
+        SourceModel(tmp_path)
+    assert "\n" not in str(info.value)
 
 
 def routed(of_pairs, tokens=40, k=2, experts=5, width=8):
