@@ -6,7 +6,7 @@ the rounded weights. One pass a block for each model, and no activations kept bu
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from glq.errors import GlqError
+from glq.experts import DenseExperts, ExpertLinear, quantizable
 from glq.machine import release_memory
+from glq.moments import Moments, Routed, Sums, expert_moments
 from glq.source import SourceModel
 
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
@@ -129,10 +131,14 @@ def final_states(
             yield tuple(states)
 
 
+Inputs = Moments | list[Routed]  # of a group of linear layers, or what the experts of a layer read
+
+
 class Run:
     """One forward pass of a block over one microbatch, which stops before each group of linear layers.
 
-    `advance` returns the input of the next group, [tokens, in]; `finish` the block's output. The pass is a coroutine
+    `advance` returns the input of the next group, [tokens, in], and, if these are experts, the numbers of those that
+    each token goes to, [tokens, k]; `finish` the block's output. The pass is a coroutine
     (greenlet): it keeps its place, and what it needs to go on, while others run.
     """
 
@@ -140,11 +146,11 @@ class Run:
         self._hooks = [module.register_forward_pre_hook(self._pause) for module in leaders]
         self._pass = greenlet(lambda: run_block(block, hidden, call))
 
-    def advance(self) -> Tensor:
-        x = self._pass.switch()
+    def advance(self) -> tuple[Tensor, ...]:
+        args = self._pass.switch()
         if self._pass.dead:
             raise RuntimeError("the block ended before its last group of linear layers")
-        return x.flatten(0, -2)
+        return args[0].flatten(0, -2), *args[1:]
 
     def finish(self) -> Tensor:
         out = self._pass.switch()
@@ -156,24 +162,31 @@ class Run:
 
     def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if getcurrent() is self._pass:
-            self._pass.parent.switch(args[0])
+            self._pass.parent.switch(args)
 
 
 @torch.no_grad()
 def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]:
-    """The block's linear layers in the order in which they run, those that read the same tensor together."""
-    names: dict[nn.Module, str] = {
-        module: name for name, module in block.named_modules() if isinstance(module, nn.Linear)
-    }
+    """The block's layers in the order in which they run, those that read the same tensor together.
+
+    An experts' product is a group of its own. GlqError for experts that compute something else than is known.
+    """
+    names: dict[nn.Module, str] = {module: name for name, module in quantizable(block)}
     groups: list[tuple[Tensor, list[str]]] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if groups and groups[-1][0] is args[0]:
+        if groups and groups[-1][0] is args[0] and isinstance(module, nn.Linear):
             groups[-1][1].append(names[module])
         else:
-            groups.append((args[0], [names[module]]))
+            groups.append((args[0] if isinstance(module, nn.Linear) else torch.empty(0), [names[module]]))
+
+    def check(module: DenseExperts, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if not module.agrees(args, y):
+            kind = type(module.rest).__name__
+            raise GlqError(f"experts of type {kind} are more than two products and an activation: not supported yet")
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
+    hooks += [m.register_forward_hook(check) for m in block.modules() if isinstance(m, DenseExperts)]
     try:
         block(hidden, *call.args, **call.kwargs)
     finally:
@@ -183,47 +196,17 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Of a group's input: hessian = E[x̂ x̂ᵀ] and drift = E[(x − x̂) x̂ᵀ], [in, in] fp32; x̂ is what it reads after the
-    quantized prefix, x what it reads in the reference."""
+class Group:
+    """Layers that read one input, by their names in files, and the moments of what they read.
 
-    hessian: Tensor
-    drift: Tensor
+    For experts, a group is what each of them has: names have a * for the number, `expert`, and `tokens` of the
+    calibration came to it.
+    """
 
-
-class _Sums:
-    """The sums behind Moments; of the symmetric one, only the blocks on and above the diagonal: a third less work."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._upper: Tensor | None = None
-        self._drift: Tensor | None = None
-
-    def add(self, x: Tensor, x_hat: Tensor) -> None:
-        """x, x̂ [tokens, in] fp32."""
-        n = x.shape[1]
-        if self._upper is None or self._drift is None:
-            self._upper, self._drift = x.new_zeros(n, n), x.new_zeros(n, n)
-        self._count += x.shape[0]
-        third = -(-n // 3)
-        for start in range(0, n, third):
-            rows = slice(start, start + third)
-            self._upper[rows, start:].addmm_(x_hat[:, rows].T, x_hat[:, start:])
-        self._drift.addmm_((x - x_hat).T, x_hat)
-
-    def mean(self) -> Moments:
-        if self._upper is None or self._drift is None:
-            raise RuntimeError("no inputs were added")
-        hessian = self._upper.triu().add_(self._upper.triu(1).T)
-        return Moments(hessian.div_(self._count), self._drift.div_(self._count))
-
-
-def moments_of(inputs: Iterable[tuple[Tensor, ...]]) -> Moments:
-    """Moments of inputs that come as pairs x, x̂ of [tokens, in]; or as x alone, where no model is quantized yet."""
-    sums = _Sums()
-    for states in inputs:
-        sums.add(states[0], states[-1])
-    return sums.mean()
+    layers: dict[str, nn.Linear]
+    moments: Moments
+    expert: int | None = None
+    tokens: int = 0
 
 
 def calibrate_block(
@@ -232,15 +215,15 @@ def calibrate_block(
     reference: list[Tensor],
     quantized: list[Tensor],
     calls: list[Call],
-    round_group: Callable[[nn.Module, list[str], Moments], None],
+    round_group: Callable[[nn.Module, list[str], Inputs], None],
     held_out: int = 0,
 ) -> Iterator[int]:
     """Take both models through one block and round its groups on the way.
 
     reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
-    outputs. round_group gets the copy of the block that belongs to the quantized model, whose weights it replaces.
-    The last `held_out` microbatches go along, but moments do not count them. Yields the number of the group just
-    rounded, then of the end.
+    outputs. round_group gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
+    either the moments of what the group reads or, for experts, what they read. The last `held_out` microbatches go
+    along, but moments do not count them. Yields the number of the group just rounded, then of the end.
     """
     twin = copy.deepcopy(block)
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
@@ -249,18 +232,36 @@ def calibrate_block(
         for hidden, hidden_hat, call in zip(reference, quantized, calls, strict=True)
     ]
     for i, members in enumerate(groups):
-        moments = _Sums()
+        leader, sums, routed = leaders[1][i], Sums(), list[Routed]()
         for k, (run, run_hat) in enumerate(pairs):
-            x, x_hat = run.advance(), run_hat.advance()
-            if k < len(pairs) - held_out:
-                moments.add(x, x_hat)
+            (x, *experts), (x_hat, *experts_hat) = run.advance(), run_hat.advance()
+            if k < len(pairs) - held_out and isinstance(leader, ExpertLinear):
+                routed.append(Routed(x, experts[0], x_hat, experts_hat[0], leader.of_pairs))
+            elif k < len(pairs) - held_out:
+                sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
-        round_group(twin, members, moments.mean())
+        round_group(twin, members, routed or sums.mean())
         yield i
     for k, (_, run_hat) in enumerate(pairs):
         quantized[k] = run_hat.finish()
     yield len(groups)
+
+
+def groups_of(
+    prefix: str, source: SourceModel, block: nn.Module, members: list[str], inputs: Inputs
+) -> Iterator[Group]:
+    """The layers of a block that read `inputs`, to be changed while they are yielded: one group, or one an expert."""
+    modules = {member: block.get_submodule(member) for member in members}
+    if isinstance(inputs, Moments):
+        names = {source.entries(f"{prefix}.{member}", module)[0]: module for member, module in modules.items()}
+        yield Group(cast(dict[str, nn.Linear], names), inputs)
+        return
+    (product,) = cast(list[ExpertLinear], list(modules.values()))
+    for expert, (tokens, moments) in enumerate(expert_moments(inputs, len(product.weight))):
+        layers = product.linears(expert)
+        yield Group(layers, moments, expert, tokens)
+        product.replace(expert, layers)
 
 
 def walk(
@@ -269,15 +270,15 @@ def walk(
     quantized: list[Tensor],
     calls: list[list[Call]],
     device: torch.device,
-    visit: Callable[[dict[str, nn.Linear], Moments], None],
+    visit: Callable[[Group], None],
     held_out: int = 0,
     first: int = 0,
 ) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """Take both models through all blocks; `visit` gets the layers of each group by their full names, and moments.
+    """Take both models through all blocks; `visit` gets each group, and may change its layers' weights.
 
     reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
-    last block's outputs. Yields, after each group: the names of its layers, how many groups are done, and how many
-    there are.
+    last block's outputs. Yields, after each group, or all experts': the names of its layers, how many groups are done,
+    and how many there are.
     """
     release_memory()
     for i, name in enumerate(source.blocks[first:], first):
@@ -285,12 +286,14 @@ def walk(
         block_calls = [of_blocks[i] for of_blocks in calls]
         groups = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
 
-        def visit_group(twin: nn.Module, members: list[str], moments: Moments, prefix: str = name) -> None:
-            visit({f"{prefix}.{m}": cast(nn.Linear, twin.get_submodule(m)) for m in members}, moments)
+        def visit_all(twin: nn.Module, members: list[str], inputs: Inputs, prefix: str = name) -> None:
+            for group in groups_of(prefix, source, twin, members, inputs):
+                visit(group)
 
-        for done in calibrate_block(block, groups, reference, quantized, block_calls, visit_group, held_out):
+        for done in calibrate_block(block, groups, reference, quantized, block_calls, visit_all, held_out):
             if done < len(groups):
-                names = tuple(f"{name}.{member}" for member in groups[done])
+                modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])
+                names = tuple(entry for full, module in modules for entry in source.entries(full, module))
                 yield names, i * len(groups) + done + 1, len(source.blocks) * len(groups)
         source.unload(name)
         release_memory()

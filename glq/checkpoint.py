@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glq.config import GlqConfig
+from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE, read_index, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
@@ -176,26 +176,34 @@ def summarize(path: Path, config: GlqConfig) -> Summary:
     files = read_index(path)
     shapes = tensor_shapes(path, files)
     module_bits, quantized, weights = {}, 0, 0
-    for name, module in config.modules.items():
-        total = 0
-        for key, shape in packed_shapes(module.codec, module.out_features, module.in_features).items():
-            full = f"{name}.{key}"
-            if full not in shapes:
-                raise GlqError(f"{path}: tensor {full} is missing: the checkpoint is incomplete, get it again")
-            dtype, found, nbytes = shapes[full]
-            expected = _SAFETENSORS[str(PACKED_DTYPES[key])]
-            if found != shape or dtype != expected:
-                raise GlqError(
-                    f"{path}: {full} should be {expected} {list(shape)} (codec {module.codec!r}, weight "
-                    f"[{module.out_features}, {module.in_features}]), found {dtype} {list(found)}: "
-                    "the file is damaged or belongs to another config.json"
-                )
-            total += nbytes
-        if f"{name}.weight" in shapes:
-            raise GlqError(f"{path}: {name} has packed tensors and a plain weight: which one is meant is unknown")
-        module_bits[name] = 8 * total / module.weights
-        quantized += total
+    for entry, module in config.modules.items():
+        nbytes = sum(_packed_bytes(path, shapes, name, module) for name in module.names(entry))
+        module_bits[entry] = 8 * nbytes / module.weights
+        quantized += nbytes
         weights += module.weights
     file_bytes = sum((path / file).stat().st_size for file in set(files.values()))
     other = sum(nbytes for _, _, nbytes in shapes.values()) - quantized
     return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits)
+
+
+def _packed_bytes(
+    path: Path, shapes: dict[str, tuple[str, tuple[int, ...], int]], name: str, module: ModuleConfig
+) -> int:
+    """Bytes of one quantized matrix, after checking its tensors."""
+    total = 0
+    for key, shape in packed_shapes(module.codec, module.out_features, module.in_features).items():
+        full = f"{name}.{key}"
+        if full not in shapes:
+            raise GlqError(f"{path}: tensor {full} is missing: the checkpoint is incomplete, get it again")
+        dtype, found, nbytes = shapes[full]
+        expected = _SAFETENSORS[str(PACKED_DTYPES[key])]
+        if found != shape or dtype != expected:
+            raise GlqError(
+                f"{path}: {full} should be {expected} {list(shape)} (codec {module.codec!r}, weight "
+                f"[{module.out_features}, {module.in_features}]), found {dtype} {list(found)}: "
+                "the file is damaged or belongs to another config.json"
+            )
+        total += nbytes
+    if f"{name}.weight" in shapes:
+        raise GlqError(f"{path}: {name} has packed tensors and a plain weight: which one is meant is unknown")
+    return total

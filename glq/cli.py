@@ -127,6 +127,13 @@ def quantize(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        if result.unreached:
+            name, tokens = min(result.unreached.items(), key=lambda item: item[1])
+            _say(
+                f"{len(result.unreached)} experts read few of the calibration tokens, least {name} ({tokens}), and "
+                "were rounded for what their layer reads on average more than for their own. --tokens takes more; "
+                "quantization.json has all counts"
+            )
 
 
 @app.command("plan")
@@ -289,7 +296,7 @@ def info(
             "other_bytes": summary.other_bytes,
             "glq_version": summary.config.version,
             "layers": {
-                name: {"bits": bits, **asdict(summary.config.modules[name])}
+                name: {"bits": bits, **summary.config.modules[name].to_dict()}
                 for name, bits in summary.module_bits.items()
             },
         }
@@ -301,7 +308,8 @@ def info(
             names = [name for name, m in summary.config.modules.items() if m.codec == codec]
             weights = sum(summary.config.modules[name].weights for name in names)
             nbytes = sum(summary.module_bits[name] * summary.config.modules[name].weights for name in names) / 8
-            table.add_row(codec, str(len(names)), f"{weights:,}", f"{nbytes:,.0f}", f"{8 * nbytes / weights:.4f}")
+            layers = sum(summary.config.modules[name].experts or 1 for name in names)
+            table.add_row(codec, str(layers), f"{weights:,}", f"{nbytes:,.0f}", f"{8 * nbytes / weights:.4f}")
         _out.print(table)
         _out.print(
             f"quantized: {summary.quantized_bytes:,} bytes × 8 ÷ {summary.quantized_weights:,} weights = "

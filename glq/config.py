@@ -1,5 +1,6 @@
 """What config.json says of a quantized model: frozen dataclasses, to and from plain dictionaries."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,21 +13,34 @@ QUANT_METHOD = "glq"
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """One quantized linear layer, `out_features` × `in_features`."""
+    """One quantized linear layer, `out_features` × `in_features`, or one of each expert of a layer.
+
+    The name of an entry with `experts` has a `*`, which stands for the number of the expert, 0 … experts − 1.
+    """
 
     codec: str
     in_features: int
     out_features: int
     block: int  # width of the rotation's blocks; divides in_features
+    experts: int | None = None
 
     @property
     def weights(self) -> int:
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * (self.experts or 1)
+
+    def names(self, entry: str) -> Iterator[str]:
+        """The names of the matrices that the config's entry of this name stands for."""
+        return iter([entry]) if self.experts is None else (entry.replace("*", str(e)) for e in range(self.experts))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __post_init__(self) -> None:
         get_codec(self.codec)
-        for key in ("in_features", "out_features", "block"):
+        for key in ("in_features", "out_features", "block", "experts"):
             value = getattr(self, key)
+            if key == "experts" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise GlqError(f"quantization_config: {key} must be a positive integer, found {value!r}")
         if self.in_features % self.block:
@@ -50,7 +64,7 @@ class GlqConfig:
             "glq_version": self.version,
             "bits": self.bits,
             **degree,
-            "modules": {name: asdict(module) for name, module in self.modules.items()},
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
         }
 
     @classmethod
@@ -91,14 +105,16 @@ class GlqConfig:
 
 def _module(name: str, entry: Any) -> ModuleConfig:
     where = f"quantization_config.modules[{name!r}]"
-    known = set(ModuleConfig.__dataclass_fields__)
+    known = set(ModuleConfig.__dataclass_fields__) - {"experts"}
     if not isinstance(entry, dict):
         raise GlqError(f"{where}: expected an object with {', '.join(sorted(known))}, found {entry!r}")
-    _refuse_unknown(where, entry, known)
+    _refuse_unknown(where, entry, known | {"experts"})
     if lost := sorted(known - entry.keys()):
         raise GlqError(f"{where} lacks {', '.join(lost)}: config.json is damaged")
     if not isinstance(entry["codec"], str):
         raise GlqError(f"{where}: codec must be a string, found {entry['codec']!r}")
+    if (stars := name.count("*")) != int(entry.get("experts") is not None):
+        raise GlqError(f"{where}: a name has one * where the entry has experts, and none elsewhere, found {stars}")
     return ModuleConfig(**entry)
 
 

@@ -1,5 +1,6 @@
 """`import glq.hf_integration` lets transformers load glq checkpoints: AutoModelForCausalLM.from_pretrained(DIR)."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from glq.graphs import decode_in_graphs
 from glq.hub import resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
+from glq.naming import Naming
+from glq.placing import place_experts
+from glq.quant_experts import ExpertsPart, QuantExperts
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,6 +51,7 @@ class GlqHfQuantizer(HfQuantizer):
     """Puts QuantLinear where the checkpoint has packed tensors, after checking every one of them."""
 
     requires_calibration = True
+    _conversions: Sequence[Any] = ()
 
     @property
     def _config(self) -> GlqConfig:
@@ -55,7 +60,12 @@ class GlqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        for name, module in self._config.modules.items():
+        self._naming = Naming(model)
+        self._conversions = place_experts(model, self._config, self._naming)
+        for entry, module in self._config.modules.items():
+            if module.experts is not None:
+                continue
+            name = self._naming.target(f"{entry}.weight")[0].removesuffix(".weight")
             original = _replaceable(model, name)
             rows, cols = original.weight.shape
             if (cols, rows) != (module.in_features, module.out_features):
@@ -71,23 +81,37 @@ class GlqHfQuantizer(HfQuantizer):
                 model.set_output_embeddings(TiedHead(quantized))
                 model.all_tied_weights_keys = {}
                 model._tied_weights_keys = {}
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
-            _refuse_missing(model, folder, summarize(folder, self._config).tensors)
+            found = summarize(folder, self._config).tensors
+            _refuse_missing(model, folder, Naming(model, self._conversions).origins(found).keys())
+
+    def get_weight_conversions(self) -> list[Any]:
+        """How transformers stacks the tensors of experts, which the files have one by one."""
+        return list(self._conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in self._config.modules:
-            if not torch.isfinite(model.get_submodule(name).scale).all():
+        for name, parameter in model.named_parameters():  # 5.19 leaves those that it renames as they were
+            parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear | QuantEmbedding) and not torch.isfinite(module.scale).all():
                 raise GlqError(f"{name}.scale holds NaN or infinite values: the file is damaged, get it again")
+            if isinstance(module, ExpertsPart):
+                module.check(name)
+            elif isinstance(module, QuantExperts):
+                module.join()
         fuse(model)
         decode_in_graphs(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantLinear | QuantExperts):
                 model.set_submodule(name, module.dequantize(dtype or torch.float32))
-            elif isinstance(module, QuantEmbedding):
+            if isinstance(module, QuantExperts):
+                model._weight_conversions = None  # those of packed tensors: the model's own hold from here on
+            if isinstance(module, QuantEmbedding):
                 dequantize_embeddings(model, name, module, dtype or torch.float32)
         return model
 
@@ -113,7 +137,7 @@ def dequantize_embeddings(model: PreTrainedModel, name: str, module: QuantEmbedd
         model.set_output_embeddings(head)
 
 
-def _refuse_missing(model: PreTrainedModel, folder: Path, found: frozenset[str]) -> None:
+def _refuse_missing(model: PreTrainedModel, folder: Path, found: Collection[str]) -> None:
     """transformers fills tensors that a checkpoint lacks with random values; a glq checkpoint never lacks any."""
     tied = getattr(model, "all_tied_weights_keys", {})
     missing = [name for name in model.state_dict() if name not in found and name not in tied]

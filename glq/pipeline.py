@@ -3,22 +3,21 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glq import __version__
 from glq.calibration import (
     Call,
-    Moments,
+    Group,
     capture,
     final_states,
     microbatches,
-    moments_of,
     read_text,
     run_block,
     walk,
@@ -33,6 +32,7 @@ from glq.errors import GlqError
 from glq.files import INDEX
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
+from glq.moments import PRIOR, Moments, moments_of
 from glq.progress import Listener, Progress, silent
 from glq.rounder import GroupRounder
 from glq.source import SourceModel
@@ -110,6 +110,7 @@ class Result:
     peak_bytes: int  # resident memory of the process at its highest
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
+    unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
 
 
 def round_model(
@@ -147,11 +148,24 @@ def round_model(
         }
         writer.add_json("config.json", raw)
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        if rounder.tokens:
+            record["expert_tokens"] = rounder.tokens
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
         if plan is not None:
             writer.add_json("glq_plan.json", plan)
         writer.commit()
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors)
+    unreached = _unreached(rounder.tokens, source)
+    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, unreached=unreached)
+
+
+def _unreached(tokens: dict[str, list[int]], source: SourceModel) -> dict[str, int]:
+    """The experts for which the average of their layer counted more than what they read, and its tokens."""
+    return {
+        name.replace("*", str(expert)).rpartition(".")[0]: count
+        for name, counts in tokens.items()
+        for expert, count in enumerate(counts)
+        if count < PRIOR * source.layers[name]
+    }
 
 
 def open_model(model: str | Path, settings: Settings) -> tuple[SourceModel, Settings]:
@@ -173,7 +187,7 @@ def _refuse_idle_patterns(settings: Settings, source: SourceModel) -> None:
     for pattern, codec in settings.layers:
         if not any(_matches(layer, pattern) for layer in layers):
             raise GlqError(
-                f"no layer matches {pattern!r}, which should take {codec}: there are {layers[0]!r}, and others"
+                f"no layer matches {pattern!r}, which should take {codec}: there are {next(iter(layers))!r}, and others"
             )
 
 
@@ -184,10 +198,8 @@ def _refuse_uneven_shards(settings: Settings, source: SourceModel) -> None:
         return
     if not source.row_parallel:
         raise GlqError(f"transformers has no tensor-parallel plan for {source.config.model_type!r}: leave out --tp")
-    for name in sorted(source.row_parallel, key=source.layers.index):
-        layer: Any = source.module(name)
-        width = layer.in_features
-        if width % (ranks * TILE_COLS):
+    for name, width in source.layers.items():
+        if name in source.row_parallel and width % (ranks * TILE_COLS):
             raise GlqError(
                 f"{name} reads {width} channels, which are not {ranks} equal shards of whole tiles of {TILE_COLS}: "
                 "choose another --tp"
@@ -209,7 +221,10 @@ def _default_tokens(source: SourceModel, device: torch.device) -> int:
     most, least = _TOKENS.get(device.type, 0), _TOKENS["cpu"]
     if device.type == "cuda":
         config = source.config.get_text_config()
-        widest = config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        inside = [getattr(config, "intermediate_size", None) or 4 * config.hidden_size]
+        if experts := getattr(config, "num_experts_per_tok", None):
+            inside.append(experts * (getattr(config, "moe_intermediate_size", None) or inside[0]))
+        widest = config.hidden_size + max(inside)
         most = min(most, torch.cuda.get_device_properties(device).total_memory // 2 // (2 * 2 * 4 * widest))
     return max(least, most)
 
@@ -238,15 +253,16 @@ def _round(
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
         quantized, _ = capture(source, batches, device, torch.float32)
 
-    def round_group(layers: dict[str, nn.Linear], moments: Moments) -> None:
-        shards = settings.tensor_parallel if source.row_parallel & layers.keys() else 1
-        rounder(layers, {name: settings.codec_of(name) for name in layers}, moments, shards)
+    def round_group(group: Group) -> None:
+        shards = settings.tensor_parallel if source.row_parallel & group.layers.keys() else 1
+        rounder(group, {name: settings.codec_of(name) for name in group.layers}, shards)
 
     for names, done, total in walk(source, reference, quantized, calls, device, round_group):
         show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))
     if settings.head is not None and not source.tied:
         states = final_states(source, batches, (reference, quantized), device)
-        rounder(source.as_linear(source.head, device), {source.head: rate_codec(settings.head)}, moments_of(states))
+        head = Group(source.as_linear(source.head, device), moments_of(states))
+        rounder(head, {source.head: rate_codec(settings.head)})
 
 
 def _round_embeddings(
@@ -274,13 +290,14 @@ def _round_embeddings(
                 hidden[k] = run_block(loaded, x, calls[k][i])
             source.unload(block)
         hessian = moments_of(final_states(source, batches, (hidden,), device)).hessian
-    rounder(layers, {name: rate_codec(settings.embeddings or 0)}, Moments(hessian, torch.zeros_like(hessian)))
+    moments = Moments(hessian, torch.zeros_like(hessian))
+    rounder(Group(layers, moments), {name: rate_codec(settings.embeddings or 0)})
     source.replaced[source.stored_name(f"{name}.weight")] = layers[name].weight.data.cpu()
 
 
 def _write_rest(source: SourceModel, writer: CheckpointWriter, quantized: set[str]) -> None:
     """What is not quantized goes into the checkpoint as it is: other tensors, tokenizer, licence."""
-    replaced = {source.stored_name(f"{name}.weight") for name in quantized}
+    replaced = source.files_of(quantized)
     for name in source.files:
         if name not in replaced:
             writer.add({name: source.read(name)})

@@ -1,18 +1,19 @@
 """Groups of layers that read the same input: rounded as one matrix, written as they come, accounted for."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from glq.calibration import Moments
+from glq.calibration import Group
 from glq.checkpoint import CheckpointWriter
 from glq.codecs import Codec, get_codec
 from glq.codecs.packing import tile_rows
 from glq.config import ModuleConfig
 from glq.errors import GlqError
+from glq.moments import Moments
 from glq.packed import PackedLinear, pack_codes, pack_signs
 from glq.rotation import block_width, random_signs, rotate, unrotate
 from glq.rounding import (
@@ -31,40 +32,60 @@ HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer that was rounded: its entry in the config, its bytes, the share of its outputs' energy that was lost."""
+    """A layer that was rounded: its entry in the config, its bytes, the share of its outputs' energy that was lost.
+
+    Of experts, all those that were rounded so far; `lost` is the mean.
+    """
 
     module: ModuleConfig
     nbytes: int
     lost: float
 
+    def joined(self, other: "Stored") -> "Stored":
+        """With the next expert."""
+        count = self.module.experts or 0
+        module = replace(self.module, experts=count + 1)
+        return Stored(module, self.nbytes + other.nbytes, (count * self.lost + other.lost) / (count + 1))
+
 
 class GroupRounder:
-    """Rounds one group after the other; `stored` says what was done, by the layers' full names."""
+    """Rounds one group after the other; `stored` says what was done, by the layers' full names.
+
+    tokens: how many of the calibration each expert read, by the name of its layer's first product.
+    """
 
     def __init__(self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
+        self.tokens: dict[str, list[int]] = {}
         self._writer, self._seed, self._damping = writer, seed, damping
         self._panels: PanelRounder = GraphedPanelRounder() if device.type == "cuda" else round_panel
 
-    def __call__(self, layers: dict[str, nn.Linear], codecs: dict[str, str], moments: Moments, shards: int = 1) -> None:
+    def __call__(self, group: Group, codecs: dict[str, str], shards: int = 1) -> None:
         """Round the layers of a group, give them the rounded weights, and write them to the checkpoint.
 
-        shards: into which tensor-parallel ranks cut the input, and which no block of the rotation may cross.
+        shards: into which tensor-parallel ranks cut the input, and which no block of the rotation may cross. Experts
+        of one layer share their signs, so that an input is rotated once for all of them.
         """
+        layers, moments = group.layers, group.moments
         first = next(iter(layers))
         if not torch.isfinite(moments.hessian).all():
             raise GlqError(f"{first} reads NaN or infinite values on the calibration text: the model is broken")
+        if group.expert is not None:
+            self.tokens.setdefault(first, []).append(group.tokens)
         for codec in dict.fromkeys(codecs.values()):
             chosen = {name: layer for name, layer in layers.items() if codecs[name] == codec}
-            seed, group = group_seed(self._seed, first), list(chosen.values())
-            packed, lost = round_layers(group, moments, get_codec(codec), seed, self._damping, self._panels, shards)
+            seed, members = group_seed(self._seed, first), list(chosen.values())
+            packed, lost = round_layers(members, moments, get_codec(codec), seed, self._damping, self._panels, shards)
             for (name, layer), p in zip(chosen.items(), packed, strict=True):
                 if not torch.isfinite(p.scale).all():
                     raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
                 layer.weight.data = p.dequantize()
-                self._writer.add({f"{name}.codes": p.codes, f"{name}.scale": p.scale, f"{name}.signs": p.signs})
-                module = ModuleConfig(p.codec, p.in_features, p.out_features, p.block)
-                self.stored[name] = Stored(module, p.nbytes, lost)
+                own = name if group.expert is None else name.replace("*", str(group.expert))
+                self._writer.add({f"{own}.codes": p.codes, f"{own}.scale": p.scale, f"{own}.signs": p.signs})
+                done = Stored(ModuleConfig(p.codec, p.in_features, p.out_features, p.block), p.nbytes, lost)
+                if group.expert is not None:
+                    done = self.stored.get(name, replace(done, nbytes=0)).joined(done)
+                self.stored[name] = done
 
 
 def round_layers(

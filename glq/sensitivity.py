@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from glq.calibration import (
     Call,
-    Moments,
     capture,
     final_states,
     find_groups,
@@ -27,7 +26,9 @@ from glq.calibration import (
     walk,
     windows,
 )
+from glq.calibration import Group as ReadByOne
 from glq.evaluation import total_divergence
+from glq.experts import ExpertLinear
 from glq.hub import load_tokenizer
 from glq.machine import pick_device
 from glq.pipeline import Settings, open_model
@@ -41,7 +42,10 @@ _MSE = 0.06  # of the errors, on N(0, 1): as at 2.1 bits
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share a codec. shapes: (out, in) of each; sensitivity: KL in nats a token for each unit of MSE."""
+    """Layers that share a codec. shapes: (out, in) of each matrix.
+
+    sensitivity: KL in nats a token for each unit of MSE.
+    """
 
     layers: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
@@ -89,6 +93,15 @@ def _kind(group: Group) -> str:
     return re.sub(r"\d+", "*", group.layers[0])
 
 
+def _shapes(layer: nn.Module) -> list[tuple[int, int]]:
+    """(out, in) of a layer's matrices, those of all experts."""
+    if isinstance(layer, ExpertLinear):
+        count, rows, cols = layer.weight.shape
+        return [(rows // len(layer.entries), cols)] * (count * len(layer.entries))
+    weight = cast(nn.Linear, layer).weight
+    return [(weight.shape[0], weight.shape[1])]
+
+
 class _Bench:
     """The model, and tokens on their way into its first block."""
 
@@ -113,9 +126,9 @@ class _Bench:
             block = self.source.load(name, self.device, torch.float32)
             calls: list[Call] = [of_blocks[i] for of_blocks in self._calls]
             for members in find_groups(block, states[0][:1], calls[0]):
-                layers = [cast(nn.Linear, block.get_submodule(member)) for member in members]
-                shapes = tuple((layer.out_features, layer.in_features) for layer in layers)
-                groups.append(Group(tuple(f"{name}.{member}" for member in members), shapes, 0.0))
+                layers = {f"{name}.{member}": block.get_submodule(member) for member in members}
+                names = tuple(entry for full, layer in layers.items() for entry in self.source.entries(full, layer))
+                groups.append(Group(names, tuple(s for layer in layers.values() for s in _shapes(layer)), 0.0))
             states = [run_block(block, x, call) for x, call in zip(states, calls, strict=True)]
             self.source.unload(name)
         return groups, states
@@ -126,13 +139,14 @@ class _Bench:
         reference, quantized, begun = list(states), list(states), False
         seed, damping = self._settings.seed, self._settings.damping
 
-        def visit(layers: dict[str, nn.Linear], moments: Moments) -> None:
+        def visit(group: ReadByOne) -> None:
             nonlocal begun
-            first = next(iter(layers))
+            first = next(iter(group.layers))
             begun = begun or first in targets
             if begun:  # before, there is nothing to make up for
                 mse = _MSE if first in targets else 0.0
-                correct_layers(list(layers.values()), moments, group_seed(seed, first), damping, mse)
+                own = group_seed(seed, first if group.expert is None else f"{first} {group.expert}")
+                correct_layers(list(group.layers.values()), group.moments, own, damping, mse)
 
         for _ in walk(self.source, reference, quantized, self._calls, self.device, visit, self._held_out, start):
             pass

@@ -1,7 +1,7 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,13 +19,16 @@ from transformers import (
 )
 
 from glq.errors import GlqError
+from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
 from glq.files import read_index
+from glq.naming import Naming, Origin
 
 
 class SourceModel:
     """A causal language model in safetensors, of any architecture that transformers builds from a config.
 
-    `model` is its skeleton with parameters on the meta device; `blocks` are the names of its decoder blocks.
+    `model` is its skeleton with parameters on the meta device, in which the products of experts are modules of their
+    own (DenseExperts); `blocks` are the names of its decoder blocks. Layers have the names that the files give them.
     Raises GlqError for a directory that is not a whole model.
     """
 
@@ -42,7 +45,12 @@ class SourceModel:
                 f"{str(error).splitlines()[0]}"
             ) from error
         self.model.eval().requires_grad_(False)
+        self._naming = Naming(self.model)
+        self._origins = self._naming.origins(self.files)
+        self._split_experts()
         self.blocks = _find_blocks(self.model, self.config.model_type)
+        for block in self.blocks:
+            refuse_other_experts(block, self.module(block))
         self.replaced: dict[str, Tensor] = {}  # tensors that `read` returns instead of those in the files
         self._check_complete()
 
@@ -51,14 +59,18 @@ class SourceModel:
 
     def read(self, name: str) -> Tensor:
         """One tensor of the files, in its stored dtype, on the CPU."""
-        if name in self.replaced:
-            return self.replaced[name]
-        file = self.path / self.files[name]
-        try:
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise GlqError(f"{file} is damaged ({error}): download the model again") from error
+        return self.replaced[name] if name in self.replaced else self._read_all([name])[name]
+
+    def _read_all(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors of the files, each file opened once: experts are many."""
+        found: dict[str, Tensor] = {}
+        for file in sorted({self.files[name] for name in names}):
+            try:
+                with safe_open(self.path / file, "pt") as f:
+                    found |= {name: f.get_tensor(name) for name in names if self.files[name] == file}
+            except (SafetensorError, OSError) as error:
+                raise GlqError(f"{self.path / file} is damaged ({error}): download the model again") from error
+        return found
 
     @property
     def embeddings(self) -> str:
@@ -75,18 +87,33 @@ class SourceModel:
         """Whether embeddings and lm_head are one matrix."""
         return self.stored_name(f"{self.head}.weight") == self.stored_name(f"{self.embeddings}.weight")
 
-    @property
-    def layers(self) -> list[str]:
-        """Names of the linear layers of the decoder blocks."""
-        modules = ((b, self.module(b)) for b in self.blocks)
-        return [f"{b}.{n}" for b, block in modules for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """The layers of the decoder blocks that can be quantized, by name; how many inputs each has."""
+        modules = ((f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b)))
+        return {name: module.in_features for n, module in modules for name in self.entries(n, module)}
+
+    def entries(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """The names that a layer's matrices have in files, without the ending; with * for the number of an expert."""
+        if isinstance(module, ExpertLinear):
+            return module.entries
+        return (self.stored_name(f"{name}.weight").removesuffix(".weight"),)
+
+    def files_of(self, entries: Iterable[str]) -> set[str]:
+        """The tensors of the files that hold the weights of these layers."""
+        linears = ((f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b)))
+        owners = {entry: name for name, module in linears for entry in self.entries(name, module)}
+        names = (self.stored_name(f"{owners.get(entry, entry)}.weight") for entry in entries)
+        return {key for name in names for key in self._origin(name).names}
 
     @cached_property
     def row_parallel(self) -> frozenset[str]:
         """Names of the layers whose input tensor-parallel ranks share out, by the model's plan in transformers."""
         plan = getattr(self.config.get_text_config(), "base_model_tp_plan", None) or {}
         patterns = [f"*.{pattern}" for pattern, style in plan.items() if style.startswith("rowwise")]
-        return frozenset(name for name in self.layers if any(fnmatchcase(name, pattern) for pattern in patterns))
+        found = {name for name in self.layers if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        experts = [module for module in self.model.modules() if isinstance(module, DenseExperts) and found]
+        return frozenset(found.union(*(module.products[1].entries for module in experts)))
 
     def as_linear(self, name: str, device: torch.device) -> dict[str, nn.Linear]:
         """The matrix of embeddings or lm_head [vocabulary, hidden] as a linear layer in fp32, under its name."""
@@ -106,7 +133,9 @@ class SourceModel:
             if parameter.device.type != "meta":
                 continue
             stored = self.stored_name(prefix + key)
-            value = self.read(stored)
+            value = self._read_parameter(stored)
+            if stored in self._transposed:
+                value = value.transpose(1, 2)
             if value.shape != parameter.shape:
                 raise GlqError(
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
@@ -116,8 +145,8 @@ class SourceModel:
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
             _set(module, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
         for key, buffer in list(module.named_buffers()):
-            if prefix + key in self.files:
-                buffer = self.read(prefix + key)
+            if prefix + key in self._origins:
+                buffer = self._read_parameter(prefix + key)
             _set(module, key, buffer.to(device))
         return module
 
@@ -128,15 +157,53 @@ class SourceModel:
             _set(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def stored_name(self, name: str) -> str:
-        """The name under which the files hold a parameter: its own, or that of the one it is tied to."""
-        if name in self.files:
-            return name
+        """The name under which the files hold a parameter: its own there, or that of the one it is tied to.
+
+        Where several tensors make a parameter, it is the parameter's.
+        """
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        for a, b in tied.items():
-            other = b if a == name else a if b == name else None
-            if other in self.files:
-                return other
+        others = [b if a == name else a for a, b in tied.items() if name in (a, b)]
+        for candidate in (name, self._parameters.get(name, name), *others):
+            if candidate in self._origins:
+                names = self._origins[candidate].names
+                return names[0] if self._origins[candidate].converter is None else candidate
         return name
+
+    def _origin(self, stored: str) -> Origin:
+        """Where what `stored_name` returned comes from."""
+        return self._origins.get(stored) or Origin(None, {stored: [stored]})
+
+    def _read_parameter(self, stored: str) -> Tensor:
+        origin = self._origin(stored)
+        if origin.converter is None:
+            return self.read(origin.names[0])
+        return self._naming.join(stored, origin, self._read_all(origin.names))
+
+    def _split_experts(self) -> None:
+        """Put DenseExperts in the place of experts; GlqError for such as are not known."""
+        self._parameters: dict[str, str] = {}  # of DenseExperts → what they were in the model
+        self._transposed: set[str] = set()
+        for name, module in list(self.model.named_modules()):
+            if not is_experts(module):
+                continue
+            refuse_unknown(name, module)
+            transposed = module.is_transposed
+            split = DenseExperts(module)
+            for key, product in split.named_children():
+                if isinstance(product, ExpertLinear):
+                    own = f"{name}.{key}"
+                    origin = self._origin(own)
+                    if any("*" in p and len(keys) != split.count for p, keys in origin.keys.items()):
+                        raise GlqError(
+                            f"{self.path} lacks some of the {split.count} experts of {name}: it is incomplete"
+                        )
+                    product.entries = self._naming.expert_entries(own, origin, split.count)
+                    if not product.entries:
+                        raise GlqError(f"{own}: transformers makes it of {origin.names[0]}, which glq does not know")
+                    self._parameters[f"{own}.weight"] = own
+                    if transposed:
+                        self._transposed.add(self.stored_name(own))
+            self.model.set_submodule(name, split)
 
     @contextmanager
     def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
@@ -161,7 +228,7 @@ class SourceModel:
 
     def _check_complete(self) -> None:
         names = [self.stored_name(name) for name, _ in self.model.named_parameters()]
-        missing = sorted({name for name in names if name not in self.files})
+        missing = sorted({name for name in names if not self.files.keys() >= set(self._origin(name).names)})
         if missing:
             raise GlqError(
                 f"{self.path} lacks {len(missing)} of the tensors of a {self.config.model_type!r} model, first "
@@ -187,11 +254,12 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
-    """The decoder blocks: the elements of the module list with the most weights in linear layers."""
+    """The decoder blocks: the elements of the module list with the most weights in linear layers, experts included."""
     best, size, length = "", 0, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            count = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            layers = (m for m in module.modules() if isinstance(m, nn.Linear | ExpertLinear))
+            count = sum(layer.weight.numel() for layer in layers)
             if count > size and not (best and name.startswith(best + ".")):
                 best, size, length = name, count, len(module)
     if not best:

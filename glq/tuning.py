@@ -29,7 +29,9 @@ from glq.hf_integration import dequantize_embeddings
 from glq.hub import load_tokenizer, resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
+from glq.naming import Naming
 from glq.progress import Listener, Progress, silent
+from glq.quant_experts import QuantExperts
 from glq.sampling import sample_windows
 
 _CHUNK = 512  # positions whose logits over the vocabulary are held at once
@@ -115,7 +117,7 @@ def tune(
             result = _train(student, teacher, trainable, batches, split.held_out, settings, progress)
         replaced = {name: p.detach() for name, p in trainable.items() if not name.endswith(".gain")}
         gains = {name.removesuffix(".gain"): p for name, p in trainable.items() if name.endswith(".gain")}
-        _write(path, writer, replaced, {name: gain.detach().cpu() for name, gain in gains.items()})
+        _write(path, writer, Naming(student), replaced, {name: gain.detach().cpu() for name, gain in gains.items()})
         writer.commit()
     return result
 
@@ -175,6 +177,8 @@ def _make_tunable(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Pa
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, TunableLinear(module, dtype))
+        elif isinstance(module, QuantExperts):
+            model.set_submodule(name, module.dequantize(dtype))  # their scales stay as they are
         elif isinstance(module, QuantEmbedding):
             dequantize_embeddings(model, name, module, dtype)
     trainable = {name: p for name, p in model.named_parameters() if p.ndim == 1}
@@ -282,17 +286,20 @@ def _state(trainable: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainable.items()}
 
 
-def _write(source: Path, writer: CheckpointWriter, replaced: dict[str, Tensor], gains: dict[str, Tensor]) -> None:
+def _write(
+    source: Path, writer: CheckpointWriter, naming: Naming, replaced: dict[str, Tensor], gains: dict[str, Tensor]
+) -> None:
     """The checkpoint with tuned scales, norms and biases (these in fp32: a few values, whose digits matter)."""
     files = read_index(source)
     for name, file in files.items():
         with safe_open(source / file, "pt") as f:
             tensor = f.get_tensor(name)
-        layer, _, kind = name.rpartition(".")
+        target = naming.target(name)[0]
+        layer, _, kind = target.rpartition(".")
         if kind == "scale" and layer in gains:
             tensor = (tensor.float() * (1 + gains[layer])).to(tensor.dtype)
-        elif name in replaced:
-            tensor = replaced[name].float().cpu().view_as(tensor)
+        elif target in replaced:
+            tensor = replaced[target].float().cpu().view_as(tensor)
         writer.add({name: tensor})
     for extra in sorted(source.iterdir()):
         if extra.is_file() and extra.suffix != ".safetensors" and extra.name not in (DIGESTS, INDEX):

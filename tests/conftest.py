@@ -72,6 +72,38 @@ def make_model(path: Path, **changes) -> Path:
     return path
 
 
+MOE = {
+    "vocab_size": 302,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "initializer_range": 0.1,  # larger than by default: tokens differ, and so do the experts they go to
+}
+
+
+def make_moe(path: Path, kind: str, **changes) -> Path:
+    """A random Qwen3-MoE of 6 experts with an MLP of 72 (a tile and a bit), or Mixtral of 4 with one of 128."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    if kind == "qwen3-moe":
+        own = {"num_experts": 6, "moe_intermediate_size": 72, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE | own | changes))
+    else:
+        own = {"num_local_experts": 4, "intermediate_size": 128, "sliding_window": None}
+        model = MixtralForCausalLM(MixtralConfig(**MOE | own | changes))
+    model.to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer(path)
+    return path
+
+
 def add_biases(model: Path) -> None:
     """Those of a new model are zeros, which would hide that they are not read."""
     from safetensors.torch import load_file, save_file

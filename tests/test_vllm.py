@@ -188,15 +188,6 @@ def test_layers_that_are_half_quantized_are_refused(checkpoint, read, tmp_path):
         config.modules_of("model.layers.0.self_attn.qkv_proj")
 
 
-def test_quantized_experts_are_refused(checkpoint, read):
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    config, experts = read(checkpoint), RoutedExperts.__new__(RoutedExperts)
-    assert config.get_quant_method(experts, "model.layers.0.experts") is None
-    with pytest.raises(glq.GlqError, match="model.layers.0.mlp: quantized experts are not supported"):
-        config.get_quant_method(experts, "model.layers.0.mlp")
-
-
 @pytest.mark.parametrize(("version", "lines"), [("0.32.7", 0), ("0.33.0", 1), ("0.320.1", 1)])
 def test_other_versions_are_said(version, lines, checkpoint, read, monkeypatch):
     import vllm

@@ -50,7 +50,7 @@ def _(
     out_features: int,
     block: int,
 ) -> Tensor:
-    return x.new_empty(len(expert_of), out_features)
+    return x.new_empty(expert_of.shape[0], out_features)  # len() would make a constant of it in torch.compile
 
 
 def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:

@@ -44,7 +44,9 @@ class GlqVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that modules have in vLLM's model."""
-        self.glq = replace(self.glq, modules=hf_to_vllm_mapper.apply_dict(self.glq.modules))
+        ended = {f"{name}.": module for name, module in self.glq.modules.items()}  # rules may name a dot on each side
+        mapped = hf_to_vllm_mapper.apply_dict(ended)
+        self.glq = replace(self.glq, modules={name.removesuffix("."): module for name, module in mapped.items()})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; vLLM's own for one that is not quantized."""
@@ -63,9 +65,20 @@ class GlqVllmConfig(QuantizationConfig):
             return methods.GlqTiedHeadMethod() if self.tied and self.embeddings_of("") else None
         if isinstance(layer, VocabParallelEmbedding) and (name := self.embeddings_of(prefix)):
             return methods.GlqEmbeddingMethod(name, self.glq.modules[name])
-        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.glq.modules):
-            raise GlqError(f"{prefix}: quantized experts are not supported in vLLM yet: leave them as they are")
+        if isinstance(layer, RoutedExperts) and (experts := self.experts_of(layer, prefix)):
+            from glq.vllm_integration.experts import GlqExpertsMethod
+
+            return GlqExpertsMethod(prefix, experts, layer.moe_config)
         return None
+
+    def experts_of(self, layer: Any, prefix: str) -> dict[str, ModuleConfig]:
+        """The quantized matrices of a layer's experts by vLLM's names, w1, w2, w3; none if they are not quantized."""
+        names = {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": layer.ckpt_up_proj_name}
+        found = {key: self.glq.modules.get(f"{prefix}.*.{name}") for key, name in names.items()}
+        experts = {key: module for key, module in found.items() if module is not None}
+        if not experts and any(name.startswith(f"{prefix}.") for name in self.glq.modules):
+            raise GlqError(f"{prefix}: its experts are quantized, but not by the names {names}, which vLLM's model has")
+        return experts
 
     def modules_of(self, prefix: str) -> dict[str, ModuleConfig]:
         """The quantized matrices that a linear layer is made of; none if it is not quantized."""
