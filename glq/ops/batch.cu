@@ -7,7 +7,7 @@
 // all others. They have numbers in a row, and the GPU starts blocks in order: of the blocks of a kernel that have started,
 // those of one tile at most wait for some that have not. They are fewer than the GPU has multiprocessors, so others end, and
 // the missing ones start. Only as many such kernels at a time as keep all multiprocessors waiting could stop each other.
-// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, FAR (units whose codes are
+// Macros, besides those of tiles.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, FAR (units whose codes are
 // requested into the L2 cache ahead of their loads), ROOM (threads beside these that registers are left for).
 
 static constexpr int PRODUCTS = 4 / SHARED_BY;  // a warp has 16 rows of each

@@ -6,7 +6,7 @@
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// Macros, besides those of tiles.cuh: TOKENS (16, 32, 64, 96, 128 or 256), WARPGROUPS, DECODERS (warps, by fours),
+// Macros, besides those of tiles.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours),
 // STAGES, ROOM (threads beside these that registers are left for).
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
 }
 // acc += what other blocks hand over, of the runs from `first` to `last`.
 __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
-  constexpr int AT_ONCE = TOKENS < 32 || TOKENS == 128 ? 2 : 4;
+  constexpr int AT_ONCE = TOKENS == 128 ? 2 : 4;
   static_assert(TOKENS / 8 % AT_ONCE == 0, "all of a thread's sums");
   #pragma unroll 1
   for (int run = first; run <= last; ++run) {

@@ -44,26 +44,14 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #define GLQ_TYPES "f32.f16.f16"
 #endif
 // TOKENS / 2 sums are operands 0, 1, …; then come a, described or in four registers, and what describes b.
-#define GLQ_R8 "%0,%1,%2,%3"
-#define GLQ_R16 GLQ_R8 ",%4,%5,%6,%7"
-#define GLQ_R24 GLQ_R16 ",%8,%9,%10,%11"
-#define GLQ_R32 GLQ_R24 ",%12,%13,%14,%15"
+#define GLQ_R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define GLQ_R64 GLQ_R32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define GLQ_R96 GLQ_R64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define GLQ_R128 GLQ_R96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define GLQ_R160 GLQ_R128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define GLQ_R192 GLQ_R160 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define GLQ_R224 GLQ_R192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
-#define GLQ_R256 GLQ_R224 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define GLQ_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define GLQ_D32(d, i) GLQ_D8(d, i), GLQ_D8(d, i + 4), GLQ_D8(d, i + 8), GLQ_D8(d, i + 12)
+#define GLQ_D16(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define GLQ_D32(d, i) GLQ_D16(d, i), GLQ_D16(d, i + 8)
 #define GLQ_D64(d, i) GLQ_D32(d, i), GLQ_D32(d, i + 16)
-#if TOKENS == 16
-#define GLQ_SUMS GLQ_R16
-#define GLQ_DESCRIBED "%8, %9"
-#define GLQ_FRAGMENT "{%8,%9,%10,%11}, %12"
-#define GLQ_D(d) GLQ_D8(d, 0), GLQ_D8(d, 4)
-#elif TOKENS == 32
+#if TOKENS == 32
 #define GLQ_SUMS GLQ_R32
 #define GLQ_DESCRIBED "%16, %17"
 #define GLQ_FRAGMENT "{%16,%17,%18,%19}, %20"
@@ -73,26 +61,11 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 #define GLQ_DESCRIBED "%32, %33"
 #define GLQ_FRAGMENT "{%32,%33,%34,%35}, %36"
 #define GLQ_D(d) GLQ_D64(d, 0)
-#elif TOKENS == 96
-#define GLQ_SUMS GLQ_R96
-#define GLQ_DESCRIBED "%48, %49"
-#define GLQ_FRAGMENT "{%48,%49,%50,%51}, %52"
-#define GLQ_D(d) GLQ_D64(d, 0), GLQ_D32(d, 32)
-#elif TOKENS == 128
+#else
 #define GLQ_SUMS GLQ_R128
 #define GLQ_DESCRIBED "%64, %65"
 #define GLQ_FRAGMENT "{%64,%65,%66,%67}, %68"
 #define GLQ_D(d) GLQ_D64(d, 0), GLQ_D64(d, 32)
-#elif TOKENS == 192
-#define GLQ_SUMS GLQ_R192
-#define GLQ_DESCRIBED "%96, %97"
-#define GLQ_FRAGMENT "{%96,%97,%98,%99}, %100"
-#define GLQ_D(d) GLQ_D64(d, 0), GLQ_D64(d, 32), GLQ_D64(d, 64)
-#else
-#define GLQ_SUMS GLQ_R256
-#define GLQ_DESCRIBED "%128, %129"
-#define GLQ_FRAGMENT "{%128,%129,%130,%131}, %132"
-#define GLQ_D(d) GLQ_D64(d, 0), GLQ_D64(d, 32), GLQ_D64(d, 64), GLQ_D64(d, 96)
 #endif
 #define GLQ_TEXT(n) #n
 #define GLQ_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" GLQ_TEXT(n) "k16." GLQ_TYPES
