@@ -7,9 +7,9 @@
 // all others. They have numbers in a row, and the GPU starts blocks in order: of the blocks of a kernel that have started,
 // those of one tile at most wait for some that have not. They are fewer than the GPU has multiprocessors, so others end, and
 // the missing ones start. Only as many such kernels at a time as keep all multiprocessors waiting could stop each other.
-// Macros, besides those of tiles.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, FAR (units whose codes are
-// requested into the L2 cache ahead of their loads), ROOM (threads beside these that registers are left for).
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES.
 
+static constexpr int FAR = 3;  // units whose codes are requested into the L2 cache ahead of their loads
 static constexpr int PRODUCTS = 4 / SHARED_BY;  // a warp has 16 rows of each
 static constexpr int GROUP_ROWS = 64 * PRODUCTS, ROWS = WR * GROUP_ROWS;  // of a warpgroup, and of all
 static constexpr int WARPS = 4 * WR * WK, THREADS = 32 * WARPS;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r,
     tile += WK * TILE_BYTES;
     const bool more = unit + WK < source.units;
     const u32 b = shared_address(ring.at(place.stage));
-    if (FAR && unit + (FAR + 1) * WK < source.units) request_far(tile + FAR * WK * TILE_BYTES, part);
+    if (unit + (FAR + 1) * WK < source.units) request_far(tile + FAR * WK * TILE_BYTES, part);
     #pragma unroll
     for (int s = 0; s < 4; ++s) {
       decode(a[s % 2], r, s, part, copy);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void add_up(const float4* sums, float4* handed, int p
 
 // x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [tiles][parts - 1][ROWS · TOKENS] EMPTY,
 // which it is again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
       int tokens, int padded, int rows, int row_tiles, int col_tiles, int parts) {
   extern __shared__ __align__(1024) u8 memory[];

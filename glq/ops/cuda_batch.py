@@ -18,7 +18,6 @@ _BARRIERS = 256  # bytes
 _MAX_STAGES = 12
 _MAX_PARTS = 8  # so that only 18 such kernels and more at a time could wait for each other (batch.cu)
 _SMALL = 1 << 25  # weights of a matrix
-MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Shape:
     shared_by: int  # warps that have a tile of codes together
     wr: int  # warpgroups side by side along the rows
     wk: int  # warpgroups that take turns along the columns
-    room: int = 0  # threads beside them that registers are left for
 
     @property
     def rows(self) -> int:
@@ -52,7 +50,6 @@ class Plan:
     copies: int  # of the table in shared memory
     stages: int  # units of x on their way
     parts: int  # blocks that have a tile of y together
-    far: int = 3  # units whose codes are requested into the L2 cache ahead of their loads
 
     @property
     def shared(self) -> int:
@@ -73,8 +70,6 @@ class Plan:
             WR=self.shape.wr,
             WK=self.shape.wk,
             STAGES=self.stages,
-            FAR=self.far,
-            ROOM=self.shape.room,
         )
         parts = ("ptx", "tiles", "wgmma", "output", "exchange")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/batch.cu"), defined, of_one_arch=True)

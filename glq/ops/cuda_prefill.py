@@ -14,7 +14,6 @@ from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
 _SHARED = 227 * 1024  # bytes of shared memory of a block
-_ROTATION = 3 * 1024  # of them that the next rotation takes
 _BARRIERS = 256  # bytes
 
 
@@ -25,7 +24,6 @@ class Shape:
     tokens: int  # of a tile of y
     warpgroups: int  # that multiply 64 rows each
     decoders: int  # warps, by fours
-    room: int = 0  # threads beside them that registers are left for
 
 
 SHAPE = Shape(128, 2, 12)  # what was fastest on an H100 (docs/decisions.md)
@@ -76,7 +74,6 @@ class Plan:
             WARPGROUPS=self.shape.warpgroups,
             DECODERS=self.shape.decoders,
             STAGES=self.stages,
-            ROOM=self.shape.room,
         )
         parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
@@ -108,15 +105,14 @@ def make_plan(
 
 def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape) -> Plan:
     """As many copies of the table as leave room for three stages, then as many stages as there is room for."""
-    most = _SHARED - (_ROTATION if shape.room else 0)
     for copies in (32, 16, 8, 4):
         plan = Plan(codec, dtype, scale, shape, copies, 3, 1)
         if spread(codec, copies):
             if plan.stage <= HOLE:
                 return replace(plan, stages=min(8, 3 * (HOLE // plan.stage)))
-        elif plan.shared <= most:
+        elif plan.shared <= _SHARED:
             break
-    return replace(plan, stages=min(8, 3 + (most - plan.shared) // plan.stage))
+    return replace(plan, stages=min(8, 3 + (_SHARED - plan.shared) // plan.stage))
 
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:

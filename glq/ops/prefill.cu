@@ -6,8 +6,7 @@
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// Macros, besides those of tiles.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours),
-// STAGES, ROOM (threads beside these that registers are left for).
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES.
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
@@ -217,7 +216,7 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of place_of_step; codes, scale and y
 // as in decode.cu. handed: [grid][SLOT] EMPTY, which it is again at the end.
-extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
