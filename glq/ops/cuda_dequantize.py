@@ -59,7 +59,7 @@ class UnrotatePlan:
     @property
     def shared(self) -> int:
         """Bytes of shared memory a block of threads."""
-        return table_bytes(self.codec, self.copies) + self.buffers * 16 * 4 * (32 * 32 + 8) + 2 * 4 * 32 * 32
+        return table_bytes(self.codec, self.copies) + self.buffers * 16 * 4 * (32 * 32 + 8)
 
     @property
     def source(self) -> nvrtc.Source:

@@ -8,7 +8,7 @@
 
 static constexpr int WARPS = 16, THREADS = 32 * WARPS, TILES = 2 * WARPS;
 static constexpr int ROW_WORDS = 32 * TILES + 8;  // of pairs of fp16 that a row takes in shared memory; 8 keep banks apart
-static constexpr int BUFFER_WORDS = 16 * ROW_WORDS, SIGN_WORDS = 32 * TILES;
+static constexpr int BUFFER_WORDS = 16 * ROW_WORDS;
 
 // ---- codes ----
 
@@ -134,8 +134,28 @@ __device__ __forceinline__ void across_tiles(u32* a, int g, int t) {
   }
 }
 __device__ __forceinline__ u32 pack_out(float low, float high) { return OUT_BF16 ? pack_bf16(low, high) : pack_half(low, high); }
-// A row of 32 tiles, of which `tiles` there are, to `to`; minus: their signs, as flips of pairs.
-__device__ __forceinline__ void second_pass(u16* to, const u32* row, const u32* minus, float factor, const u32* a, int tiles) {
+// The signs of a lane's columns in second_pass: of 32 half + 8t … 32 half + 8t + 7 in tiles g, g + 8, g + 16 and g + 24.
+struct Signs {
+  u32 bits[2];  // of each half; of tile g + 8k and column pair i: bits 15 − 4k − i and 31 − 4k − i
+
+  // from: where those of the first tile begin, a bit each, of `tiles` tiles.
+  __device__ __forceinline__ void take(const u8* from, int tiles) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bits[half] = 0;
+      #pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const u32 byte = g + 8 * k < tiles ? from[8 * (g + 8 * k) + 4 * half + t] : 0;
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) bits[half] |= (byte >> 2 * i & 1) << (15 - 4 * k - i) | (byte >> (2 * i + 1) & 1) << (31 - 4 * k - i);
+      }
+    }
+  }
+  __device__ __forceinline__ u32 flip(u32 pair, int half, int k, int i) const { return pair ^ (bits[half] << (4 * k + i) & 0x80008000u); }
+};
+// A row of 32 tiles, of which `tiles` there are, to `to`.
+__device__ __forceinline__ void second_pass(u16* to, const u32* row, const Signs& signs, float factor, const u32* a, int tiles) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   #pragma unroll
   for (int half = 0; half < 2; ++half) {  // columns 32 half … of all tiles
@@ -158,20 +178,13 @@ __device__ __forceinline__ void second_pass(u16* to, const u32* row, const u32* 
         }
       #pragma unroll
       for (int e = 0; e < 4; e += 2) {  // columns 32 half + 8t … of tile g, and of that 8 tiles after
-        const int tile = 16 * mt + g + 4 * e;
-        const uint4 flips = *(const uint4*)(minus + 32 * tile + ((16 * half + 4 * t) ^ tile % 2 << 4));
-        const uint4 v = make_uint4(pack_out(c[0][e] * factor, c[0][e + 1] * factor) ^ flips.x, pack_out(c[1][e] * factor, c[1][e + 1] * factor) ^ flips.y,
-                                   pack_out(c[2][e] * factor, c[2][e + 1] * factor) ^ flips.z, pack_out(c[3][e] * factor, c[3][e + 1] * factor) ^ flips.w);
-        if (tile < tiles) *(uint4*)(to + 64 * tile + 32 * half + 8 * t) = v;
+        const int k = 2 * mt + e / 2, tile = g + 8 * k;
+        u32 v[4];
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = signs.flip(pack_out(c[i][e] * factor, c[i][e + 1] * factor), half, k, i);
+        if (tile < tiles) *(uint4*)(to + 64 * tile + 32 * half + 8 * t) = make_uint4(v[0], v[1], v[2], v[3]);
       }
     }
-  }
-}
-// signs: where those of the first tile begin; a bit each, of `tiles` tiles.
-__device__ __forceinline__ void spread_signs(u32* minus, const u8* signs, int tiles) {
-  for (int i = threadIdx.x; i < 32 * tiles; i += THREADS) {
-    const u32 bits = signs[i / 4] >> i % 4 * 2;
-    minus[i ^ (i / 32 % 2) << 4] = (bits & 1) << 15 | (bits >> 1 & 1) << 31;
   }
 }
 
@@ -180,7 +193,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 unrotate(const u8* codes, const u8* signs, const u32* table, const void* scale, u16* out, int rows, int col_tiles) {
   extern __shared__ __align__(128) u8 memory[];
   u32* const values = (u32*)(memory + TABLE_BYTES);
-  u32* const minus = values + BUFFERS * BUFFER_WORDS;  // twice
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4;
   const int across = (col_tiles + TILES - 1) / TILES, slices = 4 * ((rows + 63) / 64) * across;
   const int begin = (int)((long long)slices * blockIdx.x / gridDim.x), end = (int)((long long)slices * (blockIdx.x + 1) / gridDim.x);
@@ -190,37 +202,42 @@ unrotate(const u8* codes, const u8* signs, const u32* table, const void* scale, 
   const u32 copy = own_copy(), b = sylvester(g, t);
   u32 a[4];
   Words words[2] = {};
+  Signs own;
   across_tiles(a, g, t);
+  auto buffer = [&](int slice) { return values + (BUFFERS == 2 ? slice % 2 * BUFFER_WORDS : 0); };
   auto load = [&](int slice) {  // the codes of a slice's tiles; columns that do not exist: any values
     const int first = slice / 4 % across * TILES + 2 * warp;
     const u8* const tile = codes + ((size_t)(slice / 4 / across) * col_tiles + first) * TILE_BYTES;
     if (first < col_tiles) words[0].load(tile, lane);
     if (first + 1 < col_tiles) words[1].load(tile + TILE_BYTES, lane);
   };
+  auto first = [&](int slice) {
+    if (slice % 4 == 0 || slice == begin)
+      for (Words& w : words) w.separate();
+    #pragma unroll 1
+    for (int moves = slice == begin ? slice % 4 : min(slice % 4, 1); moves; --moves)
+      for (Words& w : words) w.move_on();
+    first_pass(buffer(slice), words, copy, b, warp);
+    if (slice % 4 == 3 && slice + 1 < end) load(slice + 1);
+  };
+  auto second = [&](int slice) {
+    const int col = slice / 4 % across * TILES, row = slice / 4 / across * 64 + slice % 4 * 16 + warp, tiles = min(TILES, col_tiles - col);
+    if (slice % 4 == 0 || slice == begin) own.take(signs + 8 * col, tiles);
+    const float factor = row < rows ? load_scale(scale, row) * rsqrtf((float)BLOCK_TILES) : 0;
+    if (row < rows) second_pass(out + ((size_t)row * col_tiles + col) * 64, buffer(slice) + warp * ROW_WORDS, own, factor, a, tiles);
+  };
   if (begin < end) load(begin);
   wait_for_previous();
   __syncthreads();
+  // Between two barriers a warp decodes the next slice and transforms this one. Half of the warps do the latter first, so that
+  // every quarter of the multiprocessor has something of either to do. With one buffer, all do it first, and wait for each other.
   #pragma unroll 1
-  for (int slice = begin; slice < end; ++slice) {
-    const int first = slice / 4 % across * TILES, row = slice / 4 / across * 64 + slice % 4 * 16 + warp, tiles = min(TILES, col_tiles - first);
-    const float factor = row < rows ? load_scale(scale, row) * rsqrtf((float)BLOCK_TILES) : 0;
-    u32* const buffer = values + (BUFFERS == 2 ? slice % 2 * BUFFER_WORDS : 0);
-    u32* const flips = minus + slice / 4 % 2 * SIGN_WORDS;
-    if (BUFFERS == 1) __syncthreads();
-    if (slice % 4 == 0 || slice == begin) {
-      spread_signs(flips, signs + 8 * first, tiles);
-      words[0].separate();
-      words[1].separate();
-    }
-    #pragma unroll 1
-    for (int moves = slice == begin ? slice % 4 : min(slice % 4, 1); moves; --moves) {
-      words[0].move_on();
-      words[1].move_on();
-    }
-    first_pass(buffer, words, copy, b, warp);
-    if (slice % 4 == 3 && slice + 1 < end) load(slice + 1);
-    __syncthreads();
-    if (row < rows)
-      second_pass(out + ((size_t)row * col_tiles + first) * 64, buffer + warp * ROW_WORDS, flips, factor, a, tiles);
+  for (int step = 0; step < 2 * (end - begin) + 2; ++step) {
+    const bool is_second = BUFFERS == 1 || warp / 4 % 2 ? step % 2 == 0 : step % 2 == 1;
+    const int slice = begin + step / 2 - is_second;
+    if (is_second) {
+      if (slice >= begin) second(slice);
+    } else if (slice < end) first(slice);
+    if (BUFFERS == 1 || step % 2 == 1) __syncthreads();
   }
 }
