@@ -60,12 +60,12 @@ class GlqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        self._naming = Naming(model)
-        self._conversions = place_experts(model, self._config, self._naming)
+        naming = Naming(model)  # not kept: the model has this quantizer, and would keep itself
+        self._conversions = place_experts(model, self._config, naming)
         for entry, module in self._config.modules.items():
             if module.experts is not None:
                 continue
-            name = self._naming.target(f"{entry}.weight")[0].removesuffix(".weight")
+            name = naming.target(f"{entry}.weight")[0].removesuffix(".weight")
             original = _replaceable(model, name)
             rows, cols = original.weight.shape
             if (cols, rows) != (module.in_features, module.out_features):
