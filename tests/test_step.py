@@ -33,6 +33,12 @@ def fuse(function, *inputs):
     return program, output
 
 
+def prove_in_silence(program, step):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return prove(program, step)
+
+
 def checked(function, *inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a kernel that is wrong
@@ -382,9 +388,7 @@ def test_models(name, batch):
     _, recording = record(step)
     program = Program(recording, Emulator(2))
     move(4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        proof = prove(program, step)
+    proof = prove_in_silence(program, step)
     assert proof.right
     assert not proof.remark
     assert cache.get_seq_length() == 5
@@ -410,9 +414,7 @@ def test_a_quantized_model(tiny_checkpoint):
     _, recording = record(step)
     program = Program(recording, Emulator(2))
     move(4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert prove(program, step).right
+    assert prove_in_silence(program, step).right
     layers = len(model.model.layers)
     assert plain(program).count("matmul.default") == 4 * layers
     assert len(kernels(program)) == 4 * layers + 1

@@ -1,5 +1,5 @@
 // How blocks hand each other sums: through memory that is full of EMPTY before and after (nvrtc.Launcher.exchange), without
-// counters or fences. Who takes waits; so only for blocks before it, which the GPU started earlier.
+// counters or fences. Who takes waits: for blocks before it, which the GPU started earlier; in batch.cu, which says why it may, for others, too.
 
 static constexpr u32 EMPTY = ~0u;  // not there yet: a NaN that no instruction makes
 
