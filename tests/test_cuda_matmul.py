@@ -17,6 +17,7 @@ from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
+from glq.ops.inputs import NORM, PLAIN, SILU, plain
 from glq.ops.matmul import matmul_reference
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -46,11 +47,11 @@ def error(y, x, weight):
 
 def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float16, plan=None, scale=torch.float16):
     x, weight = problem(name, tokens, out_features, in_features, block, dtype, scale)
-    y = matmul(x, weight, gpu, plan)
+    y = matmul(plain(x), weight, gpu, plan)
     assert y.shape == (tokens, out_features)
     assert y.dtype == dtype
     assert error(y, x, weight) < 2
-    assert torch.equal(y, matmul(x, weight, gpu, plan))
+    assert torch.equal(y, matmul(plain(x), weight, gpu, plan))
 
 
 @emulated
@@ -105,7 +106,7 @@ def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, blo
     x, weight = problem(name, tokens, rows, cols, block, dtype)
     gpu = Emulator(2, resident=parts)  # no more blocks at a time than have a tile together: it waits for no other
     plan = cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape, parts)
-    assert error(cuda_batch.matmul(x, weight, gpu, plan), x, weight) < 2
+    assert error(cuda_batch.matmul(plain(x), weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
@@ -144,7 +145,7 @@ def prefill_plan(name, tokens, warpgroups, blocks, dtype=torch.float16, copies=8
 def check_prefill(tokens, rows, cols, plan, block=41):
     x, weight = problem(plan.codec.name, tokens, rows, cols, block, plan.dtype)
     gpu = Emulator(2)
-    y = cuda_prefill.matmul(x, weight, gpu, plan)
+    y = cuda_prefill.matmul(plain(x), weight, gpu, plan)
     assert error(y, x, weight) < 2
     gpu.exchange(0)  # is as it was
 
@@ -279,7 +280,7 @@ def test_rotation(block, layout, few, monkeypatch):
     monkeypatch.setattr(cuda_rotate, "_FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
-    tiles = rotate_tiles(x, signs, block, 16, layout, Emulator(1))[:, :11].float()
+    tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1))[:, :11].float()
     if layout != TILES:  # [tile, token, chunk of 8, 8] → the columns' order
         chunk = torch.arange(8)[None] ^ torch.arange(11)[:, None] % 8
         chunks = tiles.unflatten(2, (8, 8)).gather(2, chunk[None, :, :, None].expand(len(tiles), -1, -1, 8))
@@ -295,7 +296,9 @@ def test_rotation(block, layout, few, monkeypatch):
 
 def try_out(gpu):
     tokens = (1, 16, 17, 129, 512)  # one for each kernel
-    op_module.try_out(lambda x, weight: op_module._cuda(x, weight, gpu), torch.device("cpu"), "trellis-2", tokens)
+    op_module.try_out(
+        lambda x, weight: op_module.cuda_product(plain(x), weight, gpu), torch.device("cpu"), "trellis-2", tokens
+    )
 
 
 @emulated
@@ -313,7 +316,7 @@ SHARED_MEMORY = {80: 164, 90: 228, 100: 228, 103: 228}  # KB of a multiprocessor
 @emulated
 def test_shared_memory_that_begins_elsewhere_is_not_silently_wrong():
     x, weight = problem("trellis-4", 3, 70, 128, 64, torch.bfloat16)
-    assert matmul(x, weight, Emulator(2, begin=2048)).isnan().all()
+    assert matmul(plain(x), weight, Emulator(2, begin=2048)).isnan().all()
     with pytest.raises(GlqError, match="computes something else"):
         try_out(Emulator(1, begin=2048))
 
@@ -323,9 +326,10 @@ def plans(arch):
     for codec in TRELLISES.values():
         for tokens in (1, 8, 16, max_tokens(arch)):
             for tiles in ((64, 64), (224, 64), (64, 224)):
-                plan = make_plan(codec, torch.float16, torch.float16, tokens, tiles, 2048, gpu)
-                assert plan.fits(64 * tiles[1], gpu)
-                yield plan
+                for kind in (PLAIN, SILU, NORM):
+                    plan = make_plan(codec, torch.float16, torch.float16, tokens, tiles, 2048, gpu, kind)
+                    assert plan.fits(64 * tiles[1], gpu)
+                    yield plan
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -351,9 +355,9 @@ def test_on_a_gpu(name, dtype):
     for tokens in (1, 2, 7, 8, 16, 33, 64):
         for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
-            y = matmul(x, weight, gpu)
+            y = matmul(plain(x), weight, gpu)
             assert error(y, x, weight) < 2
-            assert torch.equal(y, matmul(x, weight, gpu))
+            assert torch.equal(y, matmul(plain(x), weight, gpu))
 
 
 @pytest.mark.skipif(
@@ -366,9 +370,9 @@ def test_many_tokens_on_a_gpu(name, dtype):
     for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
         for tokens in (65, 100, 128, 200, 513, 2000):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
-            y = cuda_prefill.matmul(x, weight, gpu)
+            y = cuda_prefill.matmul(plain(x), weight, gpu)
             assert error(y, x, weight) < 2
-            assert torch.equal(y, cuda_prefill.matmul(x, weight, gpu))
+            assert torch.equal(y, cuda_prefill.matmul(plain(x), weight, gpu))
         for tokens in (17, 40, 128):
             part = x[:tokens]
             for shape in BATCH_SHAPES:

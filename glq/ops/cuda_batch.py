@@ -10,6 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotate_tiles
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.inputs import Input
 from glq.packed import PackedLinear
 
 _SHARED = 227 * 1024  # bytes of shared memory of a block
@@ -113,8 +114,8 @@ def spread_out(plan: Plan, tokens: int, out_features: int, in_features: int, mul
     return replace(plan, parts=max(1, min(parts, -(-in_features // 64), _MAX_PARTS)))
 
 
-def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16, on a GPU whose arch is 90."""
+def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan) -> Tensor:
+    """As ops.matmul, for a trellis codec and x [tokens, in], on a GPU whose arch is 90."""
     trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
     tokens, rows = len(x), weight.out_features

@@ -12,6 +12,7 @@ from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import TILES, by_warps, rotate_tiles
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.inputs import NORM, PLAIN, Input, plain
 from glq.packed import PackedLinear
 
 
@@ -27,6 +28,7 @@ class Plan:
     wk: int  # column tiles of a unit
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
+    input: int = PLAIN  # what x is made of, in the kernel
 
     @property
     def token_tiles(self) -> int:
@@ -61,7 +63,7 @@ class Plan:
     def _parts(self, cols: int) -> tuple[int, int]:
         """Bytes of what warps add up, in whose place x is rotated before; and of x, of which two units are held."""
         warps = self.wr * self.wk
-        sums = 4 * max(64 * min(self.tokens, 8) * warps, 256 * warps if self.block else 0)
+        sums = 4 * max(64 * min(self.tokens, 8) * warps, (256 + (self.input == NORM)) * warps if self.block else 0)
         return sums, 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
 
     @property
@@ -76,8 +78,9 @@ class Plan:
             WK=self.wk,
             BLOCK=self.block,
             FAR=self.far,
+            INPUT=self.input,
         )
-        parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token")
+        parts = ("ptx", "hadamard", "input", "tiles", "exchange", "units", "one_token")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)
 
 
@@ -94,6 +97,7 @@ def make_plan(
     tiles: tuple[int, int],
     block: int,
     gpu: nvrtc.Launcher,
+    kind: int = PLAIN,
 ) -> Plan:
     """What was fastest on an H100 for a matrix of so many row and column tiles (docs/benchmarks.md).
 
@@ -106,32 +110,33 @@ def make_plan(
     if few:
         shapes.insert(0, (1, 16 if tokens <= 8 else 8))
     for copies, (wr, wk) in product((copies_in(codec, size) for size in (128, 64, 32)), shapes):
-        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width)
+        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, kind if width else PLAIN)
         if plan.fits(64 * tiles[1], gpu):
             return plan
     if width == 0:
         raise GlqError(f"the kernel for {tokens} tokens needs more shared memory than this GPU has")
-    return make_plan(codec, dtype, scale, tokens, tiles, 1, gpu)  # rotated in a launch of its own
+    return make_plan(codec, dtype, scale, tokens, tiles, 1, gpu, kind)  # rotated in a launch of its own
 
 
-def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16 with 1 to max_tokens(gpu.arch) tokens."""
+def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
+    """As ops.matmul, for a trellis codec and x [tokens, in] with 1 to max_tokens(gpu.arch) tokens."""
     tokens, in_features = x.shape
     trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
     row_tiles, col_tiles, _ = weight.codes.shape
     if plan is None:
-        plan = make_plan(trellis, x.dtype, weight.scale.dtype, tokens, (row_tiles, col_tiles), weight.block, gpu)
+        plan = make_plan(
+            trellis, x.dtype, weight.scale.dtype, tokens, (row_tiles, col_tiles), weight.block, gpu, x.kind
+        )
     units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
     grid = min(units, gpu.multiprocessors)
-    x = x.contiguous()
-    if not plan.block:
-        x = rotate_tiles(x, weight.signs, weight.block, plan.held, TILES, gpu)
     y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
+    table = device_table(trellis, x.device, x.dtype)
+    if not plan.block:
+        x = plain(rotate_tiles(x, weight.signs, weight.block, plan.held, TILES, gpu))
     sums = grid * plan.wr * 64 * tokens
     own = torch.empty(sums, dtype=torch.float32, device=x.device)
-    table = device_table(trellis, x.device, x.dtype)
-    tensors = (weight.codes, x, weight.signs, table, weight.scale, y, gpu.exchange(sums), own)
-    sizes = (tokens, weight.out_features, in_features, row_tiles, col_tiles, units // grid, units % grid)
+    tensors = (weight.codes, *x.tensors, weight.signs, table, weight.scale, y, gpu.exchange(sums), own)
+    sizes = (*x.sizes, tokens, weight.out_features, in_features, row_tiles, col_tiles, units // grid, units % grid)
     gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
     return y

@@ -12,6 +12,7 @@ from glq.errors import GlqError
 from glq.ops.cuda_decode import max_tokens
 from glq.ops.cuda_rotate import TILES, by_warps, rotate_tiles
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.inputs import PLAIN, plain
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.packed import PackedExperts
 
@@ -113,8 +114,9 @@ class Plan:
             TOP_K=self.top_k,
             SORTED=int(self.sorted),
             BLOCK=self.block,
+            INPUT=PLAIN,
         )
-        parts = ("ptx", "hadamard", "tiles", "exchange", "units", "one_token", "pairs")
+        parts = ("ptx", "hadamard", "input", "tiles", "exchange", "units", "one_token", "pairs")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), defined)
 
 
@@ -156,7 +158,7 @@ def matmul(
     order, by_expert = sort_pairs(expert_of, experts) if plan.sorted else (expert_of, expert_of)
     tokens, x = len(x), x.contiguous()
     if not plan.block:
-        x = rotate_tiles(x, weights.signs, weights.block, tokens, TILES, gpu)
+        x = rotate_tiles(plain(x), weights.signs, weights.block, tokens, TILES, gpu)
     y = torch.empty(pairs, rows, dtype=x.dtype, device=x.device)
     grid = min(gpu.multiprocessors, plan.limit(task) * plan.units(task))
     sums = grid * plan.wr * 64 * plan.at_once

@@ -10,6 +10,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import SWIZZLED, rotate_tiles
 from glq.ops.cuda_table import HOLE, device_table, macros, spread, table_bytes
+from glq.ops.inputs import Input
 from glq.packed import PackedLinear
 
 ARCH = 90  # the one that has these instructions
@@ -115,8 +116,8 @@ def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape) -
     return replace(plan, stages=min(8, 3 + (_SHARED - plan.shared) // plan.stage))
 
 
-def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16, on a GPU whose arch is ARCH."""
+def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
+    """As ops.matmul, for a trellis codec and x [tokens, in], on a GPU whose arch is ARCH."""
     trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
     tokens, in_features = x.shape

@@ -42,11 +42,11 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
   commit_async();
 }
 
-// x: [cols] where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72]. handed, own: [grid][tokens][ROWS];
+// x: what INPUT says, [cols], where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72], rotated. handed, own: [grid][tokens][ROWS];
 // handed is EMPTY, and is so again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
-decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
-       int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
+decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
+       int eps, int stride, int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
   extern __shared__ __align__(128) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
@@ -74,7 +74,7 @@ decode(const u8* codes, const u16* x, const u8* signs, const u32* table, const v
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
 #if BLOCK
-  rotate_for(work, begin, end, (u16*)xs, sums, x, signs, cols);
+  rotate_for(work, begin, end, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols);
 #else
   wait_for_previous();
   const int next_stage = SPREAD ? 2 * HOLE : WK * held * X_STRIDE * 2;

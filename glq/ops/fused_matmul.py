@@ -1,18 +1,31 @@
 """Products whose x is made on the way, silu(gate) · up or a normed sum: fewer kernels between those of a model."""
 
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from glq.ops.matmul import matmul
+from glq import nvrtc
+from glq.errors import GlqError
+from glq.ops.cuda_rotate import makes
+from glq.ops.inputs import Input, norm_of, silu_of
+from glq.ops.matmul import cuda_product, has_cuda_kernel, matmul, matmul_reference
+from glq.packed import PackedLinear, packed_shapes
 
 
 @torch.library.custom_op("glq::silu_matmul", mutates_args=())
 def silu_matmul(
     gate: Tensor, up: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
 ) -> Tensor:
-    """matmul of silu(gate) · up, both [..., in] with columns side by side; the rest as in ops.matmul."""
-    return matmul(silu(gate) * up, codes, scale, signs, codec, out_features, block)
+    """matmul of silu(gate) · up, both [..., in]; the rest as in ops.matmul."""
+    if not _is_made(gate, codec, block):
+        return matmul(silu(gate) * up, codes, scale, signs, codec, out_features, block)
+    x = silu_of(gate.flatten(0, -2), up.flatten(0, -2))
+    return _product(x, codes, scale, signs, codec, out_features, block).view(*gate.shape[:-1], out_features)
 
 
 @silu_matmul.register_fake
@@ -35,9 +48,16 @@ def norm_matmul(
     out_features: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """s = x + residual, both [..., in]; (matmul of s / √(mean(s²) + eps) · weight, s). The rest as in ops.matmul."""
-    total = x + residual
-    return matmul(normed(total, weight, eps), codes, scale, signs, codec, out_features, block), total
+    """s = x + residual, both [..., in]; (matmul of weight · s / √(mean(s²) + eps), s). The rest as in ops.matmul.
+
+    weight [in] is in x's dtype.
+    """
+    if not _is_made(x, codec, block):
+        total = x + residual
+        return matmul(normed(total, weight, eps), codes, scale, signs, codec, out_features, block), total
+    made = norm_of(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
+    y = _product(made, codes, scale, signs, codec, out_features, block)
+    return y.view(*x.shape[:-1], out_features), made.total.view(x.shape)
 
 
 @norm_matmul.register_fake
@@ -53,7 +73,7 @@ def _(
     out_features: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], out_features), torch.empty_like(x)
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(x.shape)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,3 +81,50 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight
+
+
+def _is_made(x: Tensor, codec: str, block: int) -> bool:
+    """Whether kernels make x while they rotate it."""
+    few = makes(block, x.numel() // x.shape[-1]) if x.shape[-1] else False
+    return x.is_cuda and x.ndim > 1 and few and has_cuda_kernel(x, codec) and _works(x.device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether such products are what their parts are, on this device."""
+    gpu = nvrtc.gpu(device)
+    try:
+        try_out(lambda x, weight: cuda_product(x, weight, gpu), device)
+    except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
+        warnings.warn(f"glq's products do not make their x here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.device) -> None:
+    """Check small products in fp16 with each kind of x. GlqError if one is wrong."""
+    shape = packed_shapes("trellis-2", 128, 256)["codes"]
+    codes = torch.arange(math.prod(shape), device=device).to(torch.uint8).view(shape)
+    scale = torch.linspace(0.5, 2, 128, device=device).half()
+    signs = torch.full((32,), 0x5A, dtype=torch.uint8, device=device)
+    given = ("trellis-2", 128, 256)
+    weight = torch.linspace(-1, 1, 256, device=device).half()
+    for tokens in (1, 3):
+        a, b = (torch.linspace(-3, end, tokens * 256, device=device).half().view(-1, 256) for end in (2, 5))
+        norm = norm_of(a, b, weight, 1e-5)
+        for made, x in ((silu_of(a, b), silu(a) * b), (norm, normed(a + b, weight, 1e-5))):
+            y = product(made, PackedLinear("trellis-2", 128, 256, 256, codes, scale, signs))
+            _compare(y, matmul_reference(x, codes, scale, signs, *given))
+        _compare(norm.total, a + b)
+
+
+def _compare(y: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(y.float(), expected.float(), rtol=0.01, atol=0.01 * expected.abs().max().item()):
+        raise GlqError("they compute something else than PyTorch on this GPU")
+
+
+def _product(
+    x: Input, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
+) -> Tensor:
+    weight = PackedLinear(codec, out_features, x.shape[1], block, codes, scale, signs)
+    return cuda_product(x, weight, nvrtc.gpu(x.device))

@@ -9,9 +9,6 @@ __device__ __forceinline__ void unpack_signed(float* v, uint4 raw, u32 negative)
     v[i] = negative >> i & 1 ? -f : f;
   }
 }
-__device__ __forceinline__ void load_signed(float* v, const u16* x, const u8* signs, int col) {
-  unpack_signed(v, *(const uint4*)(x + col), signs[col / 8]);
-}
 // Of what a lane has alone. Not normalized.
 template <int COUNT> __device__ __forceinline__ void hadamard(float* v) {
   #pragma unroll

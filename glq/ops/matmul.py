@@ -15,6 +15,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops.inputs import PLAIN, Input, plain
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -30,7 +31,9 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     if has_cuda_kernel(x, codec):
         weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
-        return _cuda(x.reshape(-1, x.shape[-1]), weight, nvrtc.gpu(x.device)).view(*x.shape[:-1], out_features)
+        return cuda_product(plain(x.reshape(-1, x.shape[-1])), weight, nvrtc.gpu(x.device)).view(
+            *x.shape[:-1], out_features
+        )
     if not has_triton_kernel(x.device, codec):
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     from glq.ops import triton_matmul
@@ -69,7 +72,9 @@ def _nvrtc_works(device: torch.device) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        try_out(lambda x, weight: _cuda(x, weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, _MANY))
+        try_out(
+            lambda x, weight: cuda_product(plain(x), weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, _MANY)
+        )
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
         return False
@@ -110,13 +115,14 @@ def try_out(
             raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
 
 
-def _cuda(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
+def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """By the kernel that is fastest for so many tokens x [tokens, in]."""
     tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
     if tokens <= (_FEW if hopper else 64):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
     if not hopper or tokens >= _MANY:
-        return cuda_dequantize.matmul(x, weight, gpu)
+        assert x.kind == PLAIN
+        return cuda_dequantize.matmul(x.first, weight, gpu)
     batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
     return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prefill.matmul(x, weight, gpu)

@@ -1,5 +1,5 @@
 // The rotation of x, in a launch of its own, and the order in which the kernels want it.
-// Macros, besides those of ptx.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks); LAYOUT: TILES of
+// Macros, besides those of input.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks); LAYOUT: TILES of
 // 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart; SWIZZLED and FRAGMENTS, in rows of 64, ordered and
 // swizzled for prefill.cu and batch.cu; ROWS, x as it was.
 
@@ -63,15 +63,26 @@ __device__ __forceinline__ float norm() { return rsqrtf((float)(WIDTH / odd_part
 // The same where width is 256 · CHUNKS: one warp for 256 columns. With 2 KB of shared memory and few registers, so that it starts where
 // the product ahead of it leaves a little room, and is there when that ends.
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS)
-rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
+rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, u16* out, int eps, int stride, int held, int cols) {
   __shared__ float2 values[CHUNKS][32];
+#if INPUT == 2
+  __shared__ float squares[CHUNKS];
+#endif
   let_next_start();
   const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, col = blockIdx.y * WIDTH + 256 * warp + 8 * lane;
   float factors[CHUNKS];
   row_across<CHUNKS>(factors, warp);
-  float v[8];
+  const Input input(x, other, weight, total, eps, stride, token, cols);
+  Eight own;
+  own.request_constants(input, signs, col);
+  float v[8], by = norm();
   wait_for_previous();
-  load_signed(v, x + (size_t)token * cols, signs, col);
+  own.request(input, col);
+#if INPUT == 2
+  const float sum = sum_squares(input, cols, 32 * CHUNKS, blockIdx.y * WIDTH, (blockIdx.y + 1) * WIDTH);
+  if (lane == 0) squares[warp] = sum;
+#endif
+  own.take(v);
   hadamard256(v, lane);
   #pragma unroll
   for (int i = 0; i < 8; i += 2) {
@@ -86,9 +97,13 @@ rotate_chunks(const u16* x, const u8* signs, u16* out, int held, int cols) {
       v[i + 1] += factors[c] * two.y;
     }
   }
+#if INPUT == 2
+  __syncwarp();  // a block of one warp has had no other barrier
+  by *= inverse_norm<CHUNKS>(squares, cols, input.eps);
+#endif
   u32 pairs[4];
   #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack16(v[2 * i] * norm(), v[2 * i + 1] * norm());
+  for (int i = 0; i < 4; ++i) pairs[i] = pack16(v[2 * i] * by, v[2 * i + 1] * by);
 #if LAYOUT == 1
   const bool late = lane / 2 % 2;  // lanes with the first and the second half of chunks change pairs, and write 16 bytes
   const u32 first = __shfl_sync(~0u, late ? pairs[0] : pairs[2], lane ^ 2), second = __shfl_sync(~0u, late ? pairs[1] : pairs[3], lane ^ 2);

@@ -1,0 +1,164 @@
+"""Products that make their x: on a CPU that plays the GPU, and on a GPU where there is one."""
+
+import shutil
+
+import pytest
+import torch
+from emulator import Emulator
+from torch.nn.functional import silu
+
+from glq.codecs import get_codec
+from glq.ops import cuda_decode
+from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
+from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul, try_out
+from glq.ops.inputs import NORM, SILU, norm_of, plain, silu_of
+from glq.ops.matmul import cuda_product, matmul, matmul_reference
+from glq.packed import PackedLinear, packed_shapes, unpack_signs
+from glq.rotation import rotate
+
+emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+EPS = 1e-5
+
+
+def packed(name, rows, cols, block, device="cpu"):
+    codes = torch.randint(0, 256, packed_shapes(name, rows, cols)["codes"], dtype=torch.uint8, device=device)
+    signs = torch.randint(0, 256, (cols // 8,), dtype=torch.uint8, device=device)
+    return PackedLinear(name, rows, cols, block, codes, (torch.rand(rows, device=device) + 0.5).half(), signs)
+
+
+def given(w):
+    return w.codes, w.scale, w.signs, w.codec, w.out_features, w.block
+
+
+def halves(tokens, cols, dtype, device="cpu"):
+    """Two tensors whose rows lie side by side, as gate and up of one product do."""
+    both = torch.randn(tokens, 2 * cols, device=device).to(dtype)
+    return both[:, :cols], both[:, cols:]
+
+
+def made(kind, a, b, weight):
+    return silu_of(a, b) if kind == SILU else norm_of(a, b, weight, EPS)
+
+
+def plain_x(kind, a, b, weight):
+    """By PyTorch, in the same type."""
+    return silu(a) * b if kind == SILU else normed(a + b, weight, EPS)
+
+
+def error(y, kind, a, b, weight, w):
+    """Relative to the exact product, in units of what PyTorch has in the same type."""
+    exact_x = plain_x(kind, a.double(), b.double(), weight.double())
+    if kind == NORM:
+        total = (a + b).double()
+        exact_x = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS) * weight.double()
+    exact = rotate(exact_x, unpack_signs(w.signs, w.in_features), w.block) @ w.decode().double().T * w.scale.double()
+    of_torch = matmul_reference(plain_x(kind, a, b, weight), *given(w))
+    return ((y.double() - exact).norm() / (of_torch.double() - exact).norm()).item()
+
+
+def check(kind, name, tokens, rows, cols, block, dtype, gpu):
+    a, b = halves(tokens, cols, dtype)
+    weight, w = torch.randn(cols).to(dtype), packed(name, rows, cols, block)
+    x = made(kind, a, b, weight)
+    assert error(cuda_product(x, w, gpu), kind, a, b, weight, w) < 2
+    if kind == NORM:
+        assert torch.equal(x.total, a + b)
+
+
+@emulated
+@pytest.mark.parametrize("kind", [SILU, NORM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["trellis-4", "trellis-2.25"])
+@pytest.mark.parametrize("block", [256, 1792, 2048])
+def test_one_token(kind, dtype, name, block):
+    check(kind, name, 1, 130, 2 * block, block, dtype, Emulator(3))
+
+
+@emulated
+@pytest.mark.parametrize("kind", [SILU, NORM])
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_some_tokens(kind, tokens):
+    check(kind, "trellis-3", tokens, 130, 1024, 512, torch.bfloat16, Emulator(2))
+
+
+@emulated
+def test_one_token_where_shared_memory_is_small():
+    """The rotation gets a launch of its own, which makes x then."""
+    gpu = Emulator(3, shared_memory=70 * 1024)
+    codec, block = get_codec("trellis-4"), 2048
+    plan = cuda_decode.make_plan(codec, torch.float16, torch.float16, 1, (2, 448), block, gpu, NORM)
+    assert plan.block == 0
+    check(NORM, "trellis-4", 1, 70, 64 * 448, block, torch.float16, gpu)
+
+
+@emulated
+@pytest.mark.parametrize("kind", [SILU, NORM])
+@pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
+@pytest.mark.parametrize("block", [256, 1280])
+def test_rotation_of_what_is_made(kind, layout, block):
+    a, b = halves(19, 2 * block, torch.float16)
+    weight, signs = torch.randn(2 * block).half(), torch.randint(0, 256, (block // 4,), dtype=torch.uint8)
+    x = made(kind, a, b, weight)
+    tiles, of_torch = (
+        rotate_tiles(each, signs, block, 24, layout, Emulator(1))[:, :19, :64].float()
+        for each in (x, plain(plain_x(kind, a, b, weight)))
+    )
+    assert (tiles - of_torch).norm() < 2e-3 * of_torch.norm()
+    if kind == NORM:
+        assert torch.equal(x.total, a + b)
+
+
+@emulated
+def test_they_are_tried_out():
+    gpu = Emulator(2)
+    try_out(lambda x, weight: cuda_product(x, weight, gpu), torch.device("cpu"))
+    with pytest.raises(ValueError, match="something else"):
+        try_out(lambda x, weight: cuda_product(plain(x.first), weight, gpu), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 9), (1, 64), (130,), (300,), (0,)])
+def test_ops(device, dtype, shape):
+    """Also where they are composed: many tokens, and on a CPU."""
+    w = packed("trellis-4", 200, 1024, 512, device)
+    both, weight = torch.randn(*shape, 2048, device=device).to(dtype), torch.randn(1024, device=device).to(dtype)
+    a, b = both[..., :1024], both[..., 1024:]
+    y, (z, total) = silu_matmul(a, b, *given(w)), norm_matmul(a, b, weight, EPS, *given(w))
+    assert torch.equal(total, a + b)
+    for kind, found in ((SILU, y), (NORM, z)):
+        assert found.shape == (*shape, 200)
+        assert found.dtype == dtype
+        if found.numel():
+            flat = (each.flatten(0, -2) for each in (found, a, b))
+            y, *two = flat
+            assert error(y, kind, *two, weight, w) < 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_codecs_blocks_and_types(device):
+    for name, cols, block, dtype in (
+        ("e8-2", 256, 256, torch.float16),
+        ("trellis-2", 192, 192, torch.float16),
+        ("trellis-2", 256, 256, torch.float32),
+    ):
+        w = packed(name, 64, cols, block, device)
+        a, b = halves(2, cols, dtype, device)
+        expected = matmul(silu(a) * b, *given(w))
+        assert torch.allclose(silu_matmul(a, b, *given(w)), expected)
+
+
+def test_compiles_without_a_break():
+    w = packed("trellis-4", 64, 256, 256)
+    a, b = halves(2, 256, torch.float32)
+    weight = torch.randn(256)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(a, b):
+        y, total = norm_matmul(a, b, weight, EPS, *given(w))
+        return y + silu_matmul(a, b, *given(w)), total
+
+    y, total = run(a, b)
+    assert torch.equal(total, a + b)
+    assert torch.allclose(y, norm_matmul(a, b, weight, EPS, *given(w))[0] + silu_matmul(a, b, *given(w)))
