@@ -1,13 +1,14 @@
 """Runs vLLM in a process of its own, for tests/test_vllm.py: python vllm_job.py JOB.json ANSWER.json
 
 A job: {"model", "llm": keywords of LLM, "prompts": [[token ids]], "tokens": new ones for each, "packed": whether to
-multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend there, too, "lora":
-a directory or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]], "calls": {op of glq: how often
-it was called}}.
+multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend there, too, "count":
+whether to count calls, "lora": a directory or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
+"calls": {op of glq: how often it was called}}.
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ def main(job):
     if job.get("lora"):
         from vllm.lora.request import LoRARequest
     adapter = LoRARequest("adapter", 1, job["lora"]) if job.get("lora") else None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu]) if job.get("count") else nullcontext() as profile:
         requests = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
     outputs = [request.outputs[0] for request in requests]
     tokens = [list(output.token_ids) for output in outputs]
@@ -36,7 +38,8 @@ def main(job):
         [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
         for output in outputs
     ]
-    calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("glq::")}
+    events = profile.key_averages() if profile else []
+    calls = {event.key.removeprefix("glq::"): event.count for event in events if event.key.startswith("glq::")}
     return {"tokens": tokens, "logprobs": logprobs, "calls": calls}
 
 
