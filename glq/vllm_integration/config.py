@@ -50,12 +50,15 @@ class GlqVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; vLLM's own for one that is not quantized."""
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        from glq.vllm_integration import methods
+        from glq.vllm_integration import methods, passes
 
+        if config := get_current_vllm_config_or_none():
+            passes.install(config)  # the worker's config, which its compiler reads when the model is whole
         if isinstance(layer, LinearBase):
             modules = self.modules_of(prefix)
             return methods.GlqLinearMethod(modules) if modules else UnquantizedLinearMethod()
