@@ -282,12 +282,17 @@ def generate(
 def info(
     model: Annotated[Path, typer.Argument(help="checkpoint directory")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    tp: Annotated[
+        int | None, typer.Option(help="and what each of so many tensor-parallel ranks of vLLM holds of it")
+    ] = None,
 ) -> None:
     """What a checkpoint stores, counted from its files; checks them all."""
     with _plain_errors():
         from glq.checkpoint import inspect
+        from glq.vllm_integration.shares import checkpoint_shares
 
         summary = inspect(model)
+        held = [] if tp is None else checkpoint_shares(model, tp)
         content = {
             "bits": summary.bits,
             "file_bytes": summary.file_bytes,
@@ -300,6 +305,8 @@ def info(
                 for name, bits in summary.module_bits.items()
             },
         }
+        if tp is not None:
+            content["ranks"] = [asdict(share) for share in held]
         if as_json:
             sys.stdout.write(json.dumps(content, indent=2) + "\n")
             return
@@ -318,6 +325,8 @@ def info(
             highlight=False,
             soft_wrap=True,
         )
+        for rank, share in enumerate(held):
+            _say(f"rank {rank} of {tp}: {share.packed:,} bytes quantized + {share.other:,} other = {share.total:,}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from glq import nvrtc
 from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.ops.embedding import embedding
-from glq.vllm_integration.parts import Loader, Part, Rank, check_rows, codes_of, cut, dequantize, multiply, runs
+from glq.vllm_integration.parts import Loader, Part, Rank, codes_of, cut, dequantize, multiply, runs, vocabulary_part
 
 
 class GlqLinearMethod(LinearMethodBase):
@@ -71,9 +71,7 @@ class GlqEmbeddingMethod(QuantizeMethodBase):
                 f"{self.name}: the checkpoint has a [{module.out_features}, {module.in_features}] weight, the model a "
                 f"[{layer.org_vocab_size}, {input_size}] one: config.json was changed"
             )
-        first = layer.tp_rank * rows
-        check_rows(self.name, module.codec, first, rows, output_size)
-        part = Part(module.codec, module.block, first, rows, 0, input_size)
+        part = vocabulary_part(self.name, module, rows * layer.tp_size, Rank(layer.tp_rank, layer.tp_size))
         _create(layer, self.name, (part,), params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:

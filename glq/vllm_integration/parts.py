@@ -19,9 +19,10 @@ from glq.codecs.packing import TILE_COLS, tile_rows
 from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.ops.matmul import matmul
-from glq.packed import PackedLinear, packed_shapes
+from glq.packed import PACKED_DTYPES, PackedLinear, packed_shapes
 
 _QKV = {"q": 0, "k": 1, "v": 2}
+_PADDING = 64  # vLLM pads a vocabulary to a multiple
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Part:
     @property
     def nbytes(self) -> int:
         return prod(self.tiles)
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.rows * PACKED_DTYPES["scale"].itemsize
+
+    @property
+    def signs_bytes(self) -> int:
+        return -(-self.columns // 8)
 
     def of_codes(self, codes: Tensor) -> Tensor:
         """This part of a matrix's codes."""
@@ -108,6 +117,18 @@ def _part(name: str, module: ModuleConfig, rows: int, columns: int, rank: Rank, 
     first = start + rank.index * down // rank.size * rows
     check_rows(name, module.codec, first, rows, start + module.out_features)
     return Part(module.codec, module.block, first, rows, rank.index * columns if across > 1 else 0, columns)
+
+
+def padded_vocabulary(size: int) -> int:
+    """The rows that vLLM makes of a vocabulary, and shares out to the ranks."""
+    return -(-size // _PADDING) * _PADDING
+
+
+def vocabulary_part(name: str, module: ModuleConfig, padded: int, rank: Rank) -> Part:
+    """A rank's equal share of embeddings or an lm_head, whose rows vLLM pads to `padded`."""
+    rows = padded // rank.size
+    check_rows(name, module.codec, rank.index * rows, rows, padded)
+    return Part(module.codec, module.block, rank.index * rows, rows, 0, module.in_features)
 
 
 def check_rows(name: str, codec: str, first: int, rows: int, end: int) -> None:
