@@ -1,4 +1,4 @@
-"""A recorded step, made faster: small operations in kernels that do many of them, attention in one of its own."""
+"""A recorded step, made faster: small operations in kernels that do many of them or that multiply, and attention."""
 
 import warnings
 from collections.abc import Iterable
@@ -14,7 +14,9 @@ from glq.ops import cuda_attention
 from glq.step.attention import Attention, attention
 from glq.step.formulas import Update, formula
 from glq.step.kernel import Formulas, Kernel, write_kernel
+from glq.step.products import Product, products
 from glq.step.record import Call, Recording, Value, values_in
+from glq.step.rounding import close, close_products
 
 
 class Memory:
@@ -54,12 +56,18 @@ class Work(Protocol):
     def targets(self) -> tuple[Value, ...]:
         """What it changes in place."""
 
+    @property
+    def products(self) -> tuple[Value, ...]:
+        """Outputs that sum many differences of rounding."""
+
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
         """The outputs."""
 
 
 class Fused:
     """A kernel for small operations; None where nothing needs what they make."""
+
+    products: tuple[Value, ...] = ()
 
     def __init__(self, kernel: Kernel | None, gpu: nvrtc.Launcher) -> None:
         self.outputs = kernel.outputs if kernel else ()
@@ -78,9 +86,12 @@ class Fused:
 class Attending:
     """The kernel for attention."""
 
+    targets: tuple[Value, ...] = ()
+    products: tuple[Value, ...] = ()
+
     def __init__(self, what: Attention, gpu: nvrtc.Launcher) -> None:
         self.outputs: tuple[Value, ...] = (what.out,)
-        self.targets: tuple[Value, ...] = ()
+        self.reads = tuple(v for v in (what.q, what.k, what.v, what.mask) if v is not None)
         self.what, self._gpu = what, gpu
 
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
@@ -88,6 +99,20 @@ class Attending:
         mask = None if w.mask is None else memory.get(w.mask)
         cuda_attention.attend(memory.get(w.q), memory.get(w.k), memory.get(w.v), mask, w.scale, out, self._gpu)
         return (out,)
+
+
+class Multiplying:
+    """A product that makes its x."""
+
+    targets: tuple[Value, ...] = ()
+
+    def __init__(self, what: Product) -> None:
+        self.outputs, self.products, self.reads = what.outputs, what.outputs[:1], what.reads
+        self.what = what
+
+    def run(self, memory: Memory) -> tuple[Tensor, ...]:
+        made = self.what.function(*memory.fill_in(self.what.args))
+        return made if isinstance(made, tuple) else (made,)
 
 
 def make(call: Call, memory: Memory) -> list[Tensor]:
@@ -129,7 +154,8 @@ class Part:
             made = self.work.run(memory.beside(copies))
             for value, tensor in [*zip(self.work.outputs, made, strict=True), *copies.items()]:
                 expected = memory.get(value)
-                if not _close(tensor, expected):
+                is_close = close_products if value in self.work.products else close
+                if not is_close(tensor, expected):
                     apart = (tensor.double() - expected.double()).norm() / expected.double().norm()
                     raise GlqError(f"it computes something else than PyTorch, {apart.item():.2g} of its size away")
         except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
@@ -160,15 +186,12 @@ class Program:
 
 
 def _parts(recording: Recording, gpu: nvrtc.Launcher) -> list[Part]:
-    """Runs of calls that have formulas become kernels; others stay, or are attention."""
-    calls = [call for call in recording.calls if not call.is_view]
-    works = _attentions(calls, gpu)
-    end = len(calls)
-    used: dict[Value, int] = {}  # the last call that needs it
-    for i, call in enumerate(calls):
-        what = works[i].what if i in works else None
-        reads = call.reads if what is None else tuple(v for v in (what.q, what.k, what.v, what.mask) if v)
-        used |= {v.root: i for v in reads}
+    """Runs of calls that have formulas become kernels; others stay, or are attention or products with their x."""
+    groups = _groups(recording, gpu)
+    end = len(groups)
+    used: dict[Value, int] = {}  # the last group that needs it
+    for i, (calls, work) in enumerate(groups):
+        used |= {v.root: i for v in (work.reads if work else calls[0].reads)}
     used |= {v.root: end for v in values_in(recording.output)}
 
     parts: list[Part] = []
@@ -187,13 +210,14 @@ def _parts(recording: Recording, gpu: nvrtc.Launcher) -> list[Part]:
                 parts.append(Part(own, Fused(None, gpu)))
         run = _Run(recording, late)
 
-    for i, call in enumerate(calls):
-        found = None if i in works else formula(call)
+    for i, (calls, work) in enumerate(groups):
+        call = calls[0]
+        found = None if work else formula(call)
         if found is None or (isinstance(found, Update) and not found.is_local(call)):
             close(i)
-            if run.touches(call):
+            if any(run.touches(each) for each in calls):
                 close(i, with_late=True)
-            parts.append(Part([call], works.get(i)))
+            parts.append(Part(calls, work))
         elif isinstance(found, Update) and run.can_delay(call):
             run.delay(call, found)
         else:
@@ -217,9 +241,9 @@ class _Run:
         self.formulas: Formulas = {}
         self.updates: list[Update] = []
         self.late, self.later = late, list[tuple[Call, Update]]()
-        self._read: set[Any] = set()  # memory
+        self._memory = recording.memory
+        self._read: set[Any] = set()
         self._written: set[Any] = set()
-        self._given = recording.given
         for each in late:
             self.add(*each)
 
@@ -251,20 +275,29 @@ class _Run:
     def touches(self, call: Call) -> bool:
         return bool(self._memory((*call.writes, *(v.root for v in call.reads))) & (self._written | self._read))
 
-    def _memory(self, roots: Iterable[Value]) -> set[Any]:
-        """Two tensors from outside may lie in the same."""
-        return {self._given[v].untyped_storage().data_ptr() if v in self._given else v for v in roots}
+
+def _groups(recording: Recording, gpu: nvrtc.Launcher) -> list[tuple[list[Call], Attending | Multiplying | None]]:
+    """The calls in their order, those of one product together at the place of the last."""
+    calls = [call for call in recording.calls if not call.is_view]
+    ahead: set[Call] = set()
+    works: dict[Call, tuple[list[Call], Attending | Multiplying]] = {}
+    for call, attending in _attentions(calls, gpu).items():
+        works[call] = [call], attending
+    for what in products(recording):
+        ahead.update(what.calls[:-1])
+        works[what.calls[-1]] = list(what.calls), Multiplying(what)
+    return [works.get(call, ([call], None)) for call in calls if call not in ahead]
 
 
-def _attentions(calls: list[Call], gpu: nvrtc.Launcher) -> dict[int, Attending]:
-    found: dict[int, Attending] = {}
+def _attentions(calls: list[Call], gpu: nvrtc.Launcher) -> dict[Call, Attending]:
+    found: dict[Call, Attending] = {}
     unchanged = 0  # the first call since which nothing is changed in place
     for i, call in enumerate(calls):
         if call.writes:
             unchanged = i + 1
         what = attention(call, calls[unchanged:i])
         if what is not None and not _refusal(what):
-            found[i] = Attending(what, gpu)
+            found[call] = Attending(what, gpu)
     return found
 
 
@@ -312,13 +345,3 @@ def _names(calls: list[Call]) -> str:
 
 def _new(value: Value) -> Tensor:
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
-
-
-def _close(x: Tensor, expected: Tensor) -> bool:
-    """Whether two ways to compute the same differ by rounding alone."""
-    if not expected.is_floating_point():
-        return torch.equal(x, expected)
-    error = 8 * torch.finfo(expected.dtype).eps
-    finite = expected.float().masked_fill(~expected.isfinite(), 0)
-    size = finite.square().mean().sqrt().item()
-    return torch.allclose(x.float(), expected.float(), rtol=error, atol=error * size, equal_nan=True)
