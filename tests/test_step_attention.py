@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from test_step import checked, emulated, kernels, plain, random
+from test_step import checked, emulated, fuse, kernels, plain, random
 from torch.nn import functional
 
+from glq.ops import cuda_attention
 from glq.step.program import Attending
 
 
@@ -46,6 +47,30 @@ def test_attention(name, kind, dtype):
     assert plain(program) == []
     assert sum(isinstance(part.work, Attending) for part in program.parts) == 1
     assert not any("clone" in kernel.name for kernel in kernels(program))
+
+
+@emulated
+def test_copies_that_somebody_else_reads():
+    """They are made, and read by attention, too."""
+
+    def function(q, k, v):
+        keys = repeated(k, 2)
+        return attention(q, keys, repeated(v, 2)), keys.sum(-1)
+
+    program = checked(function, random(2, 4, 1, 32), random(2, 2, 70, 32), random(2, 2, 70, 32))
+    assert plain(program) == []
+    assert sum("clone" in kernel.name for kernel in kernels(program)) == 1
+
+
+@emulated
+def test_a_wrong_kernel_is_not_used(monkeypatch):
+    """Then there is all that PyTorch's attention reads."""
+    monkeypatch.setattr(cuda_attention, "attend", lambda *_: None)
+    inputs = [random(2, 4, 1, 32), random(2, 2, 70, 32), random(2, 2, 70, 32)]
+    program, expected = fuse(lambda q, k, v: attention(q, repeated(k, 2), repeated(v, 2)), *inputs)
+    with pytest.warns(UserWarning, match="a kernel for clone_scaled_dot_product_attention is not used"):
+        program.run(check=True)
+    assert torch.equal(program.run(), expected)
 
 
 @pytest.mark.parametrize(

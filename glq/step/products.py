@@ -65,13 +65,10 @@ class _Match:
 class _Finder:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._kept = {v.root for v in values_in(recording.output)}
+        self._kept = recording.kept
         self._place = {call: i for i, call in enumerate(recording.calls)}
         self._maker = {v: call for call in recording.calls for v in call.makes}
-        self._readers: dict[Value, set[Call]] = {}
-        for call in recording.calls:
-            for v in () if call.is_view else call.reads:
-                self._readers.setdefault(v.root, set()).add(call)
+        self._readers = recording.readers()
 
     def ways(self, product: Call) -> Iterator[Product]:
         """To compute a product together with its x."""

@@ -15,7 +15,7 @@ from glq.step.attention import Attention, attention
 from glq.step.formulas import Update, formula
 from glq.step.kernel import Formulas, Kernel, write_kernel
 from glq.step.products import Product, products
-from glq.step.record import Call, Recording, Value, values_in
+from glq.step.record import Call, Recording, Value
 from glq.step.rounding import close, close_products
 
 
@@ -91,7 +91,6 @@ class Attending:
 
     def __init__(self, what: Attention, gpu: nvrtc.Launcher) -> None:
         self.outputs: tuple[Value, ...] = (what.out,)
-        self.reads = tuple(v for v in (what.q, what.k, what.v, what.mask) if v is not None)
         self.what, self._gpu = what, gpu
 
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
@@ -107,7 +106,7 @@ class Multiplying:
     targets: tuple[Value, ...] = ()
 
     def __init__(self, what: Product) -> None:
-        self.outputs, self.products, self.reads = what.outputs, what.outputs[:1], what.reads
+        self.outputs, self.products = what.outputs, what.outputs[:1]
         self.what = what
 
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
@@ -191,8 +190,8 @@ def _parts(recording: Recording, gpu: nvrtc.Launcher) -> list[Part]:
     end = len(groups)
     used: dict[Value, int] = {}  # the last group that needs it
     for i, (calls, work) in enumerate(groups):
-        used |= {v.root: i for v in (work.reads if work else calls[0].reads)}
-    used |= {v.root: end for v in values_in(recording.output)}
+        used |= {v.root: i for v in (work.what.reads if work else calls[0].reads)}
+    used |= dict.fromkeys(recording.kept, end)
 
     parts: list[Part] = []
     run = _Run(recording, [])
@@ -277,27 +276,31 @@ class _Run:
 
 
 def _groups(recording: Recording, gpu: nvrtc.Launcher) -> list[tuple[list[Call], Attending | Multiplying | None]]:
-    """The calls in their order, those of one product together at the place of the last."""
+    """The calls in their order, those of one product or attention together at the place of the last."""
     calls = [call for call in recording.calls if not call.is_view]
-    ahead: set[Call] = set()
-    works: dict[Call, tuple[list[Call], Attending | Multiplying]] = {}
-    for call, attending in _attentions(calls, gpu).items():
-        works[call] = [call], attending
-    for what in products(recording):
-        ahead.update(what.calls[:-1])
-        works[what.calls[-1]] = list(what.calls), Multiplying(what)
-    return [works.get(call, ([call], None)) for call in calls if call not in ahead]
+    works: list[Attending | Multiplying] = [*_attentions(calls, recording, gpu)]
+    works += map(Multiplying, products(recording))
+    of_last = {work.what.calls[-1]: work for work in works}
+    ahead = {call for work in works for call in work.what.calls[:-1]}
+    groups: list[tuple[list[Call], Attending | Multiplying | None]] = []
+    for call in calls:
+        if call not in ahead:
+            work = of_last.get(call)
+            groups.append((list(work.what.calls) if work else [call], work))
+    return groups
 
 
-def _attentions(calls: list[Call], gpu: nvrtc.Launcher) -> dict[Call, Attending]:
-    found: dict[Call, Attending] = {}
+def _attentions(calls: list[Call], recording: Recording, gpu: nvrtc.Launcher) -> list[Attending]:
+    found = []
     unchanged = 0  # the first call since which nothing is changed in place
+    readers, kept = recording.readers(), recording.kept
     for i, call in enumerate(calls):
         if call.writes:
             unchanged = i + 1
-        what = attention(call, calls[unchanged:i])
+        own = (c for c in calls[unchanged:i] if all(readers.get(v) == {call} and v not in kept for v in c.makes))
+        what = attention(call, own)
         if what is not None and not _refusal(what):
-            found[call] = Attending(what, gpu)
+            found.append(Attending(what, gpu))
     return found
 
 
@@ -328,7 +331,7 @@ def _schedule(parts: list[Part], recording: Recording) -> None:
     for i, part in enumerate(parts):
         for call in part.calls:
             last |= dict.fromkeys(call.makes, i) | {v.root: i for v in call.reads}
-    kept = {v.root for v in values_in(recording.output)} | set(recording.given)
+    kept = recording.kept | set(recording.given)
     for value, i in last.items():
         if value not in kept:
             parts[i].last += (value,)
