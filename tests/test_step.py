@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import glq.hf_integration
 from glq.step.program import Attending, Fused, Program
-from glq.step.proof import difference, prove
+from glq.step.proof import prove
 from glq.step.record import record
 
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -198,84 +198,6 @@ def write_beyond():
     Program(recording, Emulator(1)).run()
 
 
-def test_what_pytorch_does_not_see_is_found_out():
-    """A kernel of somebody else, here numpy, and a number that went through Python."""
-
-    def unseen(x, y):
-        z = x * 2
-        z.numpy()[:] += 1
-        return z + y
-
-    for function in (unseen, lambda x, y: x + float(y[0])):
-        inputs = [torch.randn(3), torch.randn(3)]
-        _, recording = record(lambda f=function, i=inputs: f(*i))
-        program = Program(recording, Emulator(1))
-        for x in inputs:
-            x.normal_()
-        proof = prove(program, lambda f=function, i=inputs: f(*i))
-        assert torch.equal(proof.output, function(*inputs))
-        assert not proof.right
-
-
-@pytest.mark.parametrize(("error", "right"), [(5e-7, True), (1e-3, False)])
-def test_rounding_that_differs_each_time_is_no_mistake(error, right):
-    """Of a kernel that PyTorch does not see; what is wrong by more is found. The remark says how much and where."""
-
-    def function(x, count, w, rounding):
-        count.add_(1)
-        product = x @ w
-        product.numpy()[:] *= 1 + rounding.pop()
-        return product * 2
-
-    rounding = [0.0] * 8
-    inputs = [torch.randn(3, 4), torch.tensor(0), torch.randn(4, 5), rounding]
-    _, recording = record(lambda: function(*inputs))
-    program = Program(recording, Emulator(1))
-    inputs[0].normal_()
-    rounding[:] = [error] * 8
-    proof = prove(program, lambda: function(*inputs))
-    assert inputs[1] == 2
-    assert proof.right == right
-    assert torch.equal(proof.output, (inputs[0] @ inputs[2] * (1 + error)) * 2)
-    assert "not the same" in proof.remark
-    assert re.search(r"first at (mm|mul)", proof.remark)
-
-
-def test_a_model_may_differ_from_itself():
-    x, errors = torch.randn(64), [0.0, 0.01, 0.0, 0.02]
-
-    def function():
-        y = x * 1
-        y.numpy()[:] *= 1 + errors[0]
-        errors.append(errors.pop(0))
-        return y
-
-    _, recording = record(function)
-    proof = prove(Program(recording, Emulator(1)), function)  # 0.01, then 0
-    assert proof.right
-    assert "which is 0.0099 from" in proof.remark
-
-
-def test_recordings_are_compared():
-    def calls(function, *inputs):
-        return record(lambda: function(*inputs))[1]
-
-    x, y = torch.randn(4), torch.randn(4)
-    assert difference(calls(lambda: x.sin() + y), calls(lambda: x.sin() + y)) == ""
-    assert difference(calls(lambda: x + torch.ones(4)), calls(lambda: x + torch.ones(4))) == ""
-    for first, second in (
-        (lambda: x.sin() + y, lambda: x.cos() + y),
-        (lambda: x.sin() + y, lambda: y.sin() + x),
-        (lambda: x + 2, lambda: x + 3),
-        (lambda: x + 2, lambda: x + 2.0),
-        (lambda: x + torch.ones(4), lambda: x + torch.zeros(4)),
-        (lambda: x[1:] * 2, lambda: x[:3] * 2),
-        (lambda: (x.sin(), x.cos())[0].exp(), lambda: (x.sin(), x.cos())[1].exp()),
-        (lambda: x.sin(), lambda: x.sin().sin()),
-    ):
-        assert difference(calls(first), calls(second))
-
-
 @emulated
 def test_a_wrong_kernel_is_not_used(monkeypatch):
     monkeypatch.setitem(glq.step.formulas._FLOAT_FORMULAS, torch.ops.aten.exp.default, "sinf({0})")
@@ -283,60 +205,6 @@ def test_a_wrong_kernel_is_not_used(monkeypatch):
     with pytest.warns(UserWarning, match="a kernel for exp_add is not used: it computes something else"):
         expected = program.run(check=True)
     assert torch.equal(program.run(), expected)
-
-
-def attention(q, k, v, mask=None, **settings):
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-
-
-def repeated(x, count):
-    batch, heads, keys, dim = x.shape
-    return x[:, :, None].expand(batch, heads, count, keys, dim).reshape(batch, heads * count, keys, dim)
-
-
-ATTENTIONS = {
-    "one head": (lambda q, k, v, m: attention(q, k, v), (1, 1, 1, 1, 40, 24)),
-    "repeated keys": (lambda q, k, v, m: attention(q, repeated(k, 2), repeated(v, 2), m), (2, 4, 2, 1, 70, 32)),
-    "groups": (lambda q, k, v, m: attention(q, k, v, m, enable_gqa=True, scale=0.3), (1, 6, 2, 1, 300, 64)),
-    "rows of a head": (lambda q, k, v, m: attention(q, k, v, m), (2, 2, 2, 3, 50, 80)),
-    "no mask, cut": (lambda q, k, v, m: attention(q, k, v, enable_gqa=True), (1, 8, 1, 1, 260, 256)),
-    "a mask for each head": (
-        lambda q, k, v, m: attention(q, k, v, m + torch.arange(4.0)[:, None, None]),
-        (1, 4, 4, 2, 9, 16),
-    ),
-}
-
-
-@emulated
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["bool", "added"])
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention(name, kind, dtype):
-    function, (batch, heads, kv_heads, queries, keys, dim) = ATTENTIONS[name]
-    q = random(batch, queries, heads, dim, dtype=dtype)
-    k, v = random(batch, kv_heads, keys, dim, dtype=dtype), random(batch, kv_heads, keys, dim, dtype=dtype)
-    seen = torch.rand(batch, 1, 1, keys) < 0.5
-    seen[..., 2] = True
-    mask = seen if kind == "bool" and "each" not in name else torch.where(seen, torch.randn(seen.shape), -torch.inf)
-    mask = mask if mask.dtype == torch.bool or "each" in name else mask.to(dtype)
-    program = checked(lambda q, k, v, m: function(q.transpose(1, 2), k, v, m), q, k, v, mask)
-    assert plain(program) == []
-    assert sum(isinstance(part.work, Attending) for part in program.parts) == 1
-    assert not any("clone" in kernel.name for kernel in kernels(program))
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda q, k, v: attention(q, k, v, is_causal=True),
-        lambda q, k, v: attention(q.float(), k.float(), v.float()),
-        lambda q, k, v: attention(q[..., :7], k[..., :7], v[..., :7]),
-        lambda q, k, v: attention(q, k, v[..., :8]),
-    ],
-)
-def test_attention_that_stays(function):
-    program = checked(function, random(1, 2, 1, 16), random(1, 2, 5, 16), random(1, 2, 5, 16))
-    assert [call for call in plain(program) if "attention" in call] == ["scaled_dot_product_attention"]
 
 
 SIZES = {

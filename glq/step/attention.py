@@ -20,10 +20,15 @@ class Attention:
     mask: Value | None
     scale: float
     out: Value
+    calls: tuple[Call, ...]  # whose work it does: copies of keys and values for all heads, and the attention itself
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return tuple(v for v in (self.q, self.k, self.v, self.mask) if v is not None)
 
 
 def attention(call: Call, copies: Iterable[Call]) -> Attention | None:
-    """The call, if it is such attention; copies: calls ahead of it since whose beginning no tensor was changed."""
+    """The call, if it is such attention; copies: calls whose results it alone reads, of tensors that did not change."""
     if call.function is not scaled_dot_product_attention or len(call.makes) != 1:
         return None
     given = _by_name(*call.args, **call.kwargs)
@@ -32,10 +37,15 @@ def attention(call: Call, copies: Iterable[Call]) -> Attention | None:
         return None
     if k.shape[1] != q.shape[1] and not given["enable_gqa"]:
         return None
-    originals = {c.makes[0]: c.args[0] for c in copies if c.function is torch.ops.aten.clone.default}
+    clones = {c.makes[0]: c for c in copies if c.function is torch.ops.aten.clone.default}
+    originals = {made: c.args[0] for made, c in clones.items()}
+    keys, values = _unrepeated(k, originals), _unrepeated(v, originals)
+    if keys.shape != values.shape:  # somebody else needs the copy of one
+        keys, values = k, v
+    left_out = {x.root for x, original in ((k, keys), (v, values)) if original is not x}
+    calls = (*(c for made, c in clones.items() if made in left_out), call)
     scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-    mask = given["attn_mask"]
-    return Attention(q, _unrepeated(k, originals), _unrepeated(v, originals), mask, scale, call.makes[0])
+    return Attention(q, keys, values, given["attn_mask"], scale, call.makes[0], calls)
 
 
 def _by_name(

@@ -1,4 +1,4 @@
-"""A recorded step, made faster: small operations in kernels that do many of them, attention in one of its own."""
+"""A recorded step, made faster: small operations in kernels that do many of them or that multiply, and attention."""
 
 import warnings
 from collections.abc import Iterable
@@ -14,7 +14,9 @@ from glq.ops import cuda_attention
 from glq.step.attention import Attention, attention
 from glq.step.formulas import Update, formula
 from glq.step.kernel import Formulas, Kernel, write_kernel
-from glq.step.record import Call, Recording, Value, values_in
+from glq.step.products import Product, products
+from glq.step.record import Call, Recording, Value
+from glq.step.rounding import close, close_products
 
 
 class Memory:
@@ -54,12 +56,18 @@ class Work(Protocol):
     def targets(self) -> tuple[Value, ...]:
         """What it changes in place."""
 
+    @property
+    def products(self) -> tuple[Value, ...]:
+        """Outputs that sum many differences of rounding."""
+
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
         """The outputs."""
 
 
 class Fused:
     """A kernel for small operations; None where nothing needs what they make."""
+
+    products: tuple[Value, ...] = ()
 
     def __init__(self, kernel: Kernel | None, gpu: nvrtc.Launcher) -> None:
         self.outputs = kernel.outputs if kernel else ()
@@ -78,9 +86,11 @@ class Fused:
 class Attending:
     """The kernel for attention."""
 
+    targets: tuple[Value, ...] = ()
+    products: tuple[Value, ...] = ()
+
     def __init__(self, what: Attention, gpu: nvrtc.Launcher) -> None:
         self.outputs: tuple[Value, ...] = (what.out,)
-        self.targets: tuple[Value, ...] = ()
         self.what, self._gpu = what, gpu
 
     def run(self, memory: Memory) -> tuple[Tensor, ...]:
@@ -88,6 +98,20 @@ class Attending:
         mask = None if w.mask is None else memory.get(w.mask)
         cuda_attention.attend(memory.get(w.q), memory.get(w.k), memory.get(w.v), mask, w.scale, out, self._gpu)
         return (out,)
+
+
+class Multiplying:
+    """A product that makes its x."""
+
+    targets: tuple[Value, ...] = ()
+
+    def __init__(self, what: Product) -> None:
+        self.outputs, self.products = what.outputs, what.outputs[:1]
+        self.what = what
+
+    def run(self, memory: Memory) -> tuple[Tensor, ...]:
+        made = self.what.function(*memory.fill_in(self.what.args))
+        return made if isinstance(made, tuple) else (made,)
 
 
 def make(call: Call, memory: Memory) -> list[Tensor]:
@@ -129,7 +153,8 @@ class Part:
             made = self.work.run(memory.beside(copies))
             for value, tensor in [*zip(self.work.outputs, made, strict=True), *copies.items()]:
                 expected = memory.get(value)
-                if not _close(tensor, expected):
+                is_close = close_products if value in self.work.products else close
+                if not is_close(tensor, expected):
                     apart = (tensor.double() - expected.double()).norm() / expected.double().norm()
                     raise GlqError(f"it computes something else than PyTorch, {apart.item():.2g} of its size away")
         except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
@@ -160,16 +185,13 @@ class Program:
 
 
 def _parts(recording: Recording, gpu: nvrtc.Launcher) -> list[Part]:
-    """Runs of calls that have formulas become kernels; others stay, or are attention."""
-    calls = [call for call in recording.calls if not call.is_view]
-    works = _attentions(calls, gpu)
-    end = len(calls)
-    used: dict[Value, int] = {}  # the last call that needs it
-    for i, call in enumerate(calls):
-        what = works[i].what if i in works else None
-        reads = call.reads if what is None else tuple(v for v in (what.q, what.k, what.v, what.mask) if v)
-        used |= {v.root: i for v in reads}
-    used |= {v.root: end for v in values_in(recording.output)}
+    """Runs of calls that have formulas become kernels; others stay, or are attention or products with their x."""
+    groups = _groups(recording, gpu)
+    end = len(groups)
+    used: dict[Value, int] = {}  # the last group that needs it
+    for i, (calls, work) in enumerate(groups):
+        used |= {v.root: i for v in (work.what.reads if work else calls[0].reads)}
+    used |= dict.fromkeys(recording.kept, end)
 
     parts: list[Part] = []
     run = _Run(recording, [])
@@ -187,13 +209,14 @@ def _parts(recording: Recording, gpu: nvrtc.Launcher) -> list[Part]:
                 parts.append(Part(own, Fused(None, gpu)))
         run = _Run(recording, late)
 
-    for i, call in enumerate(calls):
-        found = None if i in works else formula(call)
+    for i, (calls, work) in enumerate(groups):
+        call = calls[0]
+        found = None if work else formula(call)
         if found is None or (isinstance(found, Update) and not found.is_local(call)):
             close(i)
-            if run.touches(call):
+            if any(run.touches(each) for each in calls):
                 close(i, with_late=True)
-            parts.append(Part([call], works.get(i)))
+            parts.append(Part(calls, work))
         elif isinstance(found, Update) and run.can_delay(call):
             run.delay(call, found)
         else:
@@ -217,9 +240,9 @@ class _Run:
         self.formulas: Formulas = {}
         self.updates: list[Update] = []
         self.late, self.later = late, list[tuple[Call, Update]]()
-        self._read: set[Any] = set()  # memory
+        self._memory = recording.memory
+        self._read: set[Any] = set()
         self._written: set[Any] = set()
-        self._given = recording.given
         for each in late:
             self.add(*each)
 
@@ -251,20 +274,33 @@ class _Run:
     def touches(self, call: Call) -> bool:
         return bool(self._memory((*call.writes, *(v.root for v in call.reads))) & (self._written | self._read))
 
-    def _memory(self, roots: Iterable[Value]) -> set[Any]:
-        """Two tensors from outside may lie in the same."""
-        return {self._given[v].untyped_storage().data_ptr() if v in self._given else v for v in roots}
+
+def _groups(recording: Recording, gpu: nvrtc.Launcher) -> list[tuple[list[Call], Attending | Multiplying | None]]:
+    """The calls in their order, those of one product or attention together at the place of the last."""
+    calls = [call for call in recording.calls if not call.is_view]
+    works: list[Attending | Multiplying] = [*_attentions(calls, recording, gpu)]
+    works += map(Multiplying, products(recording))
+    of_last = {work.what.calls[-1]: work for work in works}
+    ahead = {call for work in works for call in work.what.calls[:-1]}
+    groups: list[tuple[list[Call], Attending | Multiplying | None]] = []
+    for call in calls:
+        if call not in ahead:
+            work = of_last.get(call)
+            groups.append((list(work.what.calls) if work else [call], work))
+    return groups
 
 
-def _attentions(calls: list[Call], gpu: nvrtc.Launcher) -> dict[int, Attending]:
-    found: dict[int, Attending] = {}
+def _attentions(calls: list[Call], recording: Recording, gpu: nvrtc.Launcher) -> list[Attending]:
+    found = []
     unchanged = 0  # the first call since which nothing is changed in place
+    readers, kept = recording.readers(), recording.kept
     for i, call in enumerate(calls):
         if call.writes:
             unchanged = i + 1
-        what = attention(call, calls[unchanged:i])
+        own = (c for c in calls[unchanged:i] if all(readers.get(v) == {call} and v not in kept for v in c.makes))
+        what = attention(call, own)
         if what is not None and not _refusal(what):
-            found[i] = Attending(what, gpu)
+            found.append(Attending(what, gpu))
     return found
 
 
@@ -295,7 +331,7 @@ def _schedule(parts: list[Part], recording: Recording) -> None:
     for i, part in enumerate(parts):
         for call in part.calls:
             last |= dict.fromkeys(call.makes, i) | {v.root: i for v in call.reads}
-    kept = {v.root for v in values_in(recording.output)} | set(recording.given)
+    kept = recording.kept | set(recording.given)
     for value, i in last.items():
         if value not in kept:
             parts[i].last += (value,)
@@ -312,13 +348,3 @@ def _names(calls: list[Call]) -> str:
 
 def _new(value: Value) -> Tensor:
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
-
-
-def _close(x: Tensor, expected: Tensor) -> bool:
-    """Whether two ways to compute the same differ by rounding alone."""
-    if not expected.is_floating_point():
-        return torch.equal(x, expected)
-    error = 8 * torch.finfo(expected.dtype).eps
-    finite = expected.float().masked_fill(~expected.isfinite(), 0)
-    size = finite.square().mean().sqrt().item()
-    return torch.allclose(x.float(), expected.float(), rtol=error, atol=error * size, equal_nan=True)

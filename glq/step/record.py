@@ -1,6 +1,6 @@
 """What PyTorch does for one step of a model, as a list of calls that can be made again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,23 @@ class Recording:
     given: dict[Value, Tensor] = field(default_factory=dict)
     output: Any = None
     refusal: str = ""  # why the calls do not tell all of it
+
+    def readers(self) -> dict[Value, set[Call]]:
+        """Of each root. Views read nothing."""
+        found: dict[Value, set[Call]] = {}
+        for call in self.calls:
+            for v in () if call.is_view else call.reads:
+                found.setdefault(v.root, set()).add(call)
+        return found
+
+    @property
+    def kept(self) -> set[Value]:
+        """Roots of what it returns."""
+        return {v.root for v in values_in(self.output)}
+
+    def memory(self, roots: Iterable[Value]) -> set[Any]:
+        """What tells memory from other memory: two tensors from outside may lie in the same."""
+        return {self.given[v].untyped_storage().data_ptr() if v in self.given else v for v in roots}
 
 
 def values_in(tree: Any) -> tuple[Value, ...]:
