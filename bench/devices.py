@@ -2,10 +2,9 @@
 
     python bench/devices.py OUT.json [--devices 0,1] [--codec trellis-4 trellis-2] [--shape llama-3-8b] [--experts 8]
 
-Random weights, moments of random activations. Each figure is of the second time: the first captures graphs. Three ways:
-side by side, all groups of the block at once (`glq quantize --side-by-side`); chained, one group after the other, as it
-is otherwise, where several GPUs have nothing to share out in a dense model; and experts of a mixture, `together` as
-many as there are devices.
+Random weights, moments of random activations. Each figure is of the second time: the first captures graphs. The groups
+of the block are given all at once, as by `glq quantize --side-by-side`: without it one waits for the other, and there
+is nothing to share out in a dense model. Experts of a mixture are given as many at once as there are devices.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def block(shape: dict[str, int], device: Any) -> list[Any]:
 
 
 def experts(count: int, device: Any) -> list[Any]:
-    """Gate and up of a mixture's experts, 2,048 wide with 768 inside."""
+    """Gate and up of a mixture's experts, 2,048 wide with 768 inside as in Qwen3-30B-A3B."""
     return [group({"e.*.gate": 768, "e.*.up": 768}, 2048, device, e) for e in range(count)]
 
 
@@ -74,14 +73,14 @@ def wait(devices: Sequence[Any]) -> None:
 
 
 class Timed:
-    """A rounder, which keeps its graphs, and the weights that its groups have again before each time."""
+    """A rounder, which keeps its graphs, and the weights that its groups have again after each time."""
 
     def __init__(self, groups: list[Any], devices: Sequence[Any], codec: str) -> None:
         self.groups, self.devices, self.codec = groups, devices, codec
         self.weights = [{name: layer.weight.data for name, layer in group.layers.items()} for group in groups]
         self.digest = ""
 
-    def seconds(self, side_by_side: bool) -> list[float]:
+    def seconds(self) -> list[float]:
         """Of two times; `digest` is that of all that was written."""
         from glq.checkpoint import CheckpointWriter
         from glq.rounder import Choice, GroupRounder
@@ -94,30 +93,29 @@ class Timed:
                 writer.add = lambda tensors, into=written: into.update(  # type: ignore[method-assign]
                     {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
                 )
-                for group, weights in zip(self.groups, self.weights, strict=True):
-                    for name, weight in weights.items():
-                        group.layers[name].weight.data = weight
                 choices = [Choice(group, dict.fromkeys(group.layers, self.codec)) for group in self.groups]
-                together = len(self.devices) if self.groups[0].expert is not None else len(choices)
-                step = together if side_by_side else 1
+                step = len(choices) if self.groups[0].expert is None else len(self.devices)
                 wait(self.devices)
                 start = time.perf_counter()
                 for i in range(0, len(choices), step):
                     rounder(*choices[i : i + step])
                 wait(self.devices)
                 found.append(time.perf_counter() - start)
+                for group, weights in zip(self.groups, self.weights, strict=True):
+                    for name, weight in weights.items():
+                        group.layers[name].weight.data = weight
                 self.digest = hashlib.sha256(json.dumps(sorted(written.items())).encode()).hexdigest()
         return found
 
 
 def measure(what: str, groups: list[Any], devices: Sequence[Any], codec: str) -> dict[str, Any]:
-    """Chained on one device, side by side on one and on all."""
+    """On one device, and on all."""
     weights = sum(layer.weight.numel() for group in groups for layer in group.layers.values())
     row: dict[str, Any] = {"what": what, "codec": codec, "weights": weights}
     digests = set()
-    for name, some, at_once in (("chained", devices[:1], False), ("one", devices[:1], True), ("all", devices, True)):
+    for name, some in (("one", devices[:1]), ("all", devices)):
         timed = Timed(groups, some, codec)
-        first, row[f"{name}_seconds"] = timed.seconds(at_once)
+        first, row[f"{name}_seconds"] = timed.seconds()
         row[f"{name}_first_seconds"], row[f"{name}_per_second"] = first, weights / row[f"{name}_seconds"]
         digests.add(timed.digest)
     row["same_bytes"], row["speedup"] = len(digests) == 1, row["one_seconds"] / row["all_seconds"]
