@@ -8,9 +8,13 @@ glq has to be installed, not only on the path: vLLM finds the plugin by its entr
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes, and how many bytes each rank holds, is checked
 before anything is timed. CUDA graphs are captured for the batches that are timed, and no others.
+
+An engine takes two minutes to start. --meet FOLDER COUNT has the COUNT engines that meet in the folder, of this run and
+others, start at the same time and then be timed one after the other, with --kv-gib of memory for keys and values each.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -19,6 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +208,9 @@ def start(args: argparse.Namespace, shape: Shape) -> tuple[Any, list[int] | None
             max_num_seqs=max(args.batch),
             enable_prefix_caching=False,
             enforce_eager=args.eager,
+            max_num_batched_tokens=max(2048, max(args.batch) * args.prompt),
             gpu_memory_utilization=args.memory,
+            kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
             tensor_parallel_size=args.tp,
             disable_custom_all_reduce=args.nccl,
             compilation_config={} if args.eager else {"cudagraph_capture_sizes": sorted(args.batch)},
@@ -240,6 +249,32 @@ def on_gpu() -> bool:
     return bool(current_platform.is_cuda())
 
 
+@contextmanager
+def turn(meeting: list[str] | None) -> Iterator[None]:
+    """Alone with the machine: after all have started, one after the other; none ends before all have had their turns."""
+    if not meeting:
+        yield
+        return
+    folder, count = Path(meeting[0]), int(meeting[1])
+    meet(folder, "ready", count)
+    with (folder / "turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    meet(folder, "done", count)
+
+
+def meet(folder: Path, state: str, count: int) -> None:
+    """Wait until so many have come."""
+    come(folder, state)
+    while len(list(folder.glob(f"{state}-*"))) < count:
+        time.sleep(0.1)
+
+
+def come(folder: Path, state: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{state}-{os.getpid()}-{time.time_ns()}").touch()
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One kind of weights, in this process and those that vLLM starts."""
     here = Path(__file__).resolve().parent
@@ -264,6 +299,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"{args.one}: a request of {batch} did not get its {new} tokens")
         return spent
 
+    with turn(args.meet):
+        time_batches(row, args, seconds)
+    return row
+
+
+def time_batches(row: dict[str, Any], args: argparse.Namespace, seconds: Callable[[int, int], float]) -> None:
+    """Add what is measured to the row."""
     for batch in args.batch:
         seconds(batch, args.new)
         whole = [seconds(batch, args.new) for _ in range(args.repeat)]
@@ -274,7 +316,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         row[f"spread_{batch}"] = (max(whole) - min(whole)) / median
         step = 1e6 * (median - prefill) / (args.new - 1)
         row[f"step_us_{batch}"], row[f"step_us_a_layer_{batch}"] = step, step / args.layers
-    return row
 
 
 def main() -> None:
@@ -292,6 +333,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.9, help="of the GPU's, for vLLM")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="shape", help="to try this out on a CPU")
+    parser.add_argument("--kv-gib", type=float, help="memory for keys and values; what is left, if not given")
+    parser.add_argument("--meet", nargs=2, metavar=("FOLDER", "COUNT"), help="start together with others")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
@@ -300,17 +343,22 @@ def main() -> None:
         return
     environment = os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # to send functions to ranks
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for weights in args.weights:
-            part = Path(folder) / f"{weights}.json"
-            options = [option for option in sys.argv[1:] if option != str(args.out)]
-            done = subprocess.run([sys.executable, __file__, part, *options, "--one", weights], env=environment)
-            if done.returncode:
-                rows.append({"weights": weights, "failed": done.returncode})
-            else:
-                rows.append(json.loads(part.read_text(encoding="utf-8")))
-            print(rows[-1], flush=True)
-            args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    def run(weights: str, part: Path) -> None:
+        options = [option for option in sys.argv[1:] if option != str(args.out)]
+        done = subprocess.run([sys.executable, __file__, part, *options, "--one", weights], env=environment)
+        if done.returncode and args.meet:  # nobody is to wait for it
+            for state in ("ready", "done"):
+                come(Path(args.meet[0]), state)
+        row = (
+            {"weights": weights, "failed": done.returncode} if done.returncode else json.loads(part.read_text("utf-8"))
+        )
+        rows.append(row)
+        print(row, flush=True)
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(args.weights) if args.meet else 1) as pool:
+        list(pool.map(lambda weights: run(weights, Path(folder) / f"{weights}.json"), args.weights))
 
 
 if __name__ == "__main__":

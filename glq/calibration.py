@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +132,12 @@ def final_states(
             yield tuple(states)
 
 
-Inputs = Moments | list[Routed]  # of a group of linear layers, or what the experts of a layer read
+@dataclass(frozen=True)
+class Read:
+    """A group of a block by its members' names in it, and what it read: for experts, all that their layer did."""
+
+    members: list[str]
+    inputs: Moments | list[Routed]
 
 
 class Run:
@@ -215,17 +221,20 @@ def calibrate_block(
     reference: list[Tensor],
     quantized: list[Tensor],
     calls: list[Call],
-    round_group: Callable[[nn.Module, list[str], Inputs], None],
+    round_groups: Callable[[nn.Module, list[Read]], None],
     held_out: int = 0,
+    side_by_side: bool = False,
 ) -> Iterator[int]:
     """Take both models through one block and round its groups on the way.
 
     reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
-    outputs. round_group gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
-    either the moments of what the group reads or, for experts, what they read. The last `held_out` microbatches go
-    along, but moments do not count them. Yields the number of the group just rounded, then of the end.
+    outputs. round_groups gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
+    what the groups read that can be rounded now: one after the other, each after those before it, or, side_by_side, all
+    of the block, which costs one pass more. The last `held_out` microbatches go along, but moments do not count them.
+    Yields the number of the group just rounded, then of the end.
     """
     twin = copy.deepcopy(block)
+    read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
     pairs = [
         (Run(block, leaders[0], hidden, call), Run(twin, leaders[1], hidden_hat, call))
@@ -241,27 +250,45 @@ def calibrate_block(
                 sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
-        round_group(twin, members, routed or sums.mean())
-        yield i
+                if side_by_side:
+                    run_hat.finish()
+        read.append(Read(members, routed or sums.mean()))
+        if not side_by_side:
+            round_groups(twin, read)
+            read = []
+            yield i
+    if side_by_side:
+        round_groups(twin, read)
+        yield from range(len(groups))
     for k, (_, run_hat) in enumerate(pairs):
-        quantized[k] = run_hat.finish()
+        quantized[k] = run_block(twin, quantized[k], calls[k]) if side_by_side else run_hat.finish()
     yield len(groups)
 
 
 def groups_of(
-    prefix: str, source: SourceModel, block: nn.Module, members: list[str], inputs: Inputs
-) -> Iterator[Group]:
-    """The layers of a block that read `inputs`, to be changed while they are yielded: one group, or one an expert."""
+    prefix: str, source: SourceModel, block: nn.Module, read: list[Read], together: int
+) -> Iterator[list[Group]]:
+    """The layers of a block that were read, to be changed while they are yielded: those together that may be.
+
+    Of experts, whose moments take memory, `together` at once.
+    """
+    if plain := [r for r in read if isinstance(r.inputs, Moments)]:
+        yield [_plain_group(prefix, source, block, r.members, cast(Moments, r.inputs)) for r in plain]
+    for r in read:
+        if not isinstance(r.inputs, Moments):
+            (product,) = (cast(ExpertLinear, block.get_submodule(member)) for member in r.members)
+            moments = enumerate(expert_moments(r.inputs, len(product.weight)))
+            while some := list(islice(moments, together)):
+                groups = [Group(product.linears(expert), m, expert, tokens) for expert, (tokens, m) in some]
+                yield groups
+                for group in groups:
+                    product.replace(cast(int, group.expert), group.layers)
+
+
+def _plain_group(prefix: str, source: SourceModel, block: nn.Module, members: list[str], moments: Moments) -> Group:
     modules = {member: block.get_submodule(member) for member in members}
-    if isinstance(inputs, Moments):
-        names = {source.entries(f"{prefix}.{member}", module)[0]: module for member, module in modules.items()}
-        yield Group(cast(dict[str, nn.Linear], names), inputs)
-        return
-    (product,) = cast(list[ExpertLinear], list(modules.values()))
-    for expert, (tokens, moments) in enumerate(expert_moments(inputs, len(product.weight))):
-        layers = product.linears(expert)
-        yield Group(layers, moments, expert, tokens)
-        product.replace(expert, layers)
+    names = {source.entries(f"{prefix}.{member}", module)[0]: module for member, module in modules.items()}
+    return Group(cast(dict[str, nn.Linear], names), moments)
 
 
 def walk(
@@ -270,11 +297,15 @@ def walk(
     quantized: list[Tensor],
     calls: list[list[Call]],
     device: torch.device,
-    visit: Callable[[Group], None],
+    visit: Callable[[list[Group]], None],
     held_out: int = 0,
     first: int = 0,
+    together: int = 1,
+    side_by_side: bool = False,
 ) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """Take both models through all blocks; `visit` gets each group, and may change its layers' weights.
+    """Take both models through all blocks; `visit` gets the groups, and may change their layers' weights.
+
+    It gets those that do not wait for each other at once: experts, `together` of them, and side_by_side all of a block.
 
     reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
     last block's outputs. Yields, after each group, or all experts': the names of its layers, how many groups are done,
@@ -286,11 +317,12 @@ def walk(
         block_calls = [of_blocks[i] for of_blocks in calls]
         groups = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
 
-        def visit_all(twin: nn.Module, members: list[str], inputs: Inputs, prefix: str = name) -> None:
-            for group in groups_of(prefix, source, twin, members, inputs):
-                visit(group)
+        def visit_all(twin: nn.Module, read: list[Read], prefix: str = name) -> None:
+            for some in groups_of(prefix, source, twin, read, together):
+                visit(some)
 
-        for done in calibrate_block(block, groups, reference, quantized, block_calls, visit_all, held_out):
+        steps = calibrate_block(block, groups, reference, quantized, block_calls, visit_all, held_out, side_by_side)
+        for done in steps:
             if done < len(groups):
                 modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])
                 names = tuple(entry for full, module in modules for entry in source.entries(full, module))

@@ -82,6 +82,10 @@ def quantize(
     tokens: _Tokens = None,
     ctx: _Ctx = 1024,
     device: _Device = "auto",
+    devices: Annotated[str | None, typer.Option(help="GPUs that share the rounding: 0,1 or cuda:0,cuda:1")] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices to share out")
+    ] = False,
     seed: _Seed = 0,
 ) -> None:
     """Quantize a model's decoder layers."""
@@ -109,6 +113,7 @@ def quantize(
             embeddings=embeddings,
             head=head,
             tensor_parallel=tp,
+            side_by_side=side_by_side,
         )
         with _progress() as listener:
             result = run(
@@ -120,6 +125,7 @@ def quantize(
                 tuning=TuneSettings(ctx=ctx, seed=seed) if tune else None,
                 calibration=calibration,
                 device=device,
+                devices=devices.split(",") if devices else (),
                 progress=listener,
             )
         tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"

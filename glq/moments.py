@@ -17,6 +17,9 @@ class Moments:
     hessian: Tensor
     drift: Tensor
 
+    def to(self, device: torch.device) -> "Moments":
+        return Moments(self.hessian.to(device), self.drift.to(device))
+
     def mixed(self, other: "Moments", weight: float) -> "Moments":
         """With `weight` of the other's in it."""
         return Moments(self.hessian.lerp(other.hessian, weight), self.drift.lerp(other.drift, weight))

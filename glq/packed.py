@@ -1,7 +1,7 @@
 """PackedLinear: the tensors of one quantized matrix, and what they mean."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class PackedLinear:
     def bits(self) -> float:
         """Stored bits a weight, all included."""
         return 8 * self.nbytes / (self.out_features * self.in_features)
+
+    def to(self, device: torch.device) -> "PackedLinear":
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), signs=self.signs.to(device))
 
     def decode(self) -> Tensor:
         """decode(codes) [out, in] fp32: the weights in the rotated basis, before their rows are scaled."""

@@ -34,8 +34,9 @@ from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.moments import PRIOR, Moments, moments_of
 from glq.progress import Listener, Progress, silent
-from glq.rounder import GroupRounder
+from glq.rounder import Choice, GroupRounder
 from glq.source import SourceModel
+from glq.spread import pick_devices
 
 _TOKENS = {"cpu": 16384, "cuda": 262144}  # at most, where the settings do not say
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
@@ -68,6 +69,7 @@ class Settings:
     embeddings: float | None = None  # bits of the input embeddings, one of DEFAULT_CODECS; None: as they are
     head: float | None = None  # bits of the lm_head; where it is tied to the embeddings, either of the two means both
     tensor_parallel: int = 1  # ranks that the input of row-parallel layers can be cut for
+    side_by_side: bool = False  # a block's matrices do not wait for each other: each is rounded as if it were the first
 
     def __post_init__(self) -> None:
         if self.codec == "auto":
@@ -120,6 +122,7 @@ def round_model(
     *,
     calibration: str | Path | None = None,
     device: str = "auto",
+    devices: Sequence[str] = (),
     plan: dict[str, Any] | None = None,
     progress: Listener = silent,
 ) -> Result:
@@ -129,14 +132,15 @@ def round_model(
     """
     start = time.monotonic()
     settings = settings or Settings()
-    where = pick_device(device)
+    shared = pick_devices(devices) if devices else [pick_device(device)]
+    where = shared[0]
     source, settings = open_model(model, settings)
     text = read_text(calibration)
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out)) as writer:
-        rounder = GroupRounder(writer, where, settings.seed, settings.damping)
+        rounder = GroupRounder(writer, shared, settings.seed, settings.damping)
         _round(source, tokens, settings, where, rounder, progress)
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
@@ -253,16 +257,21 @@ def _round(
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
         quantized, _ = capture(source, batches, device, torch.float32)
 
-    def round_group(group: Group) -> None:
+    def choice(group: Group) -> Choice:
         shards = settings.tensor_parallel if source.row_parallel & group.layers.keys() else 1
-        rounder(group, {name: settings.codec_of(name) for name in group.layers}, shards)
+        return Choice(group, {name: settings.codec_of(name) for name in group.layers}, shards)
 
-    for names, done, total in walk(source, reference, quantized, calls, device, round_group):
+    def round_groups(groups: list[Group]) -> None:
+        rounder(*map(choice, groups))
+
+    together, at_once = len(rounder.devices), settings.side_by_side
+    steps = walk(source, reference, quantized, calls, device, round_groups, together=together, side_by_side=at_once)
+    for names, done, total in steps:
         show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))
     if settings.head is not None and not source.tied:
         states = final_states(source, batches, (reference, quantized), device)
         head = Group(source.as_linear(source.head, device), moments_of(states))
-        rounder(head, {source.head: rate_codec(settings.head)})
+        rounder(Choice(head, {source.head: rate_codec(settings.head)}))
 
 
 def _round_embeddings(
@@ -291,7 +300,7 @@ def _round_embeddings(
             source.unload(block)
         hessian = moments_of(final_states(source, batches, (hidden,), device)).hessian
     moments = Moments(hessian, torch.zeros_like(hessian))
-    rounder(Group(layers, moments), {name: rate_codec(settings.embeddings or 0)})
+    rounder(Choice(Group(layers, moments), {name: rate_codec(settings.embeddings or 0)}))
     source.replaced[source.stored_name(f"{name}.weight")] = layers[name].weight.data.cpu()
 
 

@@ -1,6 +1,7 @@
 """From a model to a checkpoint: plan where layers differ, round, tune. What `glq quantize` does."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from glq.errors import GlqError
 from glq.machine import pick_device
 from glq.pipeline import Result, Settings, round_model
 from glq.progress import Listener, silent
+from glq.spread import pick_devices
 from glq.tuning import TuneSettings, split_text, tune
 
 
@@ -21,6 +23,7 @@ def quantize(
     *,
     calibration: str | Path | None = None,
     device: str = "auto",
+    devices: Sequence[str] = (),
     mixed: bool | None = None,
     plan: Plan | None = None,
     tuning: TuneSettings | None = None,
@@ -28,10 +31,11 @@ def quantize(
 ) -> Result:
     """Quantize a Hugging Face model directory (or hub name) into the checkpoint directory `out`.
 
-    calibration: a UTF-8 text file; without one, a public-domain text that the package ships. mixed: let layers differ
-    in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this one instead of
-    measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the model, the text,
-    the settings or `out` are not fit for it; nothing is overwritten.
+    calibration: a UTF-8 text file; without one, a public-domain text that the package ships. devices: GPUs among which
+    rounding is shared out, instead of `device`; the first does the rest, and the bytes are those of one alone. mixed:
+    let layers differ in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this
+    one instead of measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the
+    model, the text, the settings or `out` are not fit for it; nothing is overwritten.
     """
     settings = settings or Settings(bits=3 if plan is None else plan.bits)
     if plan is not None and plan.bits != settings.bits:
@@ -43,6 +47,10 @@ def quantize(
         mixed = settings.codec == "auto" and settings.bits not in DEFAULT_CODECS
     elif mixed and settings.codec != "auto":
         raise GlqError(f"mixed rates take codecs of their own: leave out either mixed or the codec {settings.codec!r}")
+    if devices and device != "auto":
+        raise GlqError(f"name either one device, {device!r}, or several, {','.join(devices)!r}")
+    if devices:
+        device = str(pick_devices(devices)[0])
     out = Path(out)
     refuse_existing(out)
     if tuning is not None:
@@ -53,14 +61,23 @@ def quantize(
     if plan is not None:
         settings, kept = replace(settings, layers=(*plan.layers, *settings.layers)), plan.to_dict()
     if tuning is None:
-        result = round_model(model, out, settings, plan=kept, calibration=calibration, device=device, progress=progress)
+        result = round_model(
+            model, out, settings, plan=kept, calibration=calibration, device=device, devices=devices, progress=progress
+        )
     else:
         with tempfile.TemporaryDirectory(
             prefix=f".{out.name}.", suffix=".untuned", dir=out.absolute().parent
         ) as folder:
             rounded = Path(folder) / "rounded"
             result = round_model(
-                model, rounded, settings, plan=kept, calibration=calibration, device=device, progress=progress
+                model,
+                rounded,
+                settings,
+                plan=kept,
+                calibration=calibration,
+                device=device,
+                devices=devices,
+                progress=progress,
             )
             tuned = tune(rounded, out, model, tuning, text=calibration, device=device, progress=progress)
         result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))

@@ -1,12 +1,15 @@
 """Groups of layers that read the same input: rounded as one matrix, written as they come, accounted for."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from glq import spread
 from glq.calibration import Group
 from glq.checkpoint import CheckpointWriter
 from glq.codecs import Codec, get_codec
@@ -28,6 +31,7 @@ from glq.rounding import (
 )
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
+_FULL = 8192  # rows of which every column keeps all of a GPU busy, about
 
 
 @dataclass(frozen=True)
@@ -48,44 +52,105 @@ class Stored:
         return Stored(module, self.nbytes + other.nbytes, (count * self.lost + other.lost) / (count + 1))
 
 
-class GroupRounder:
-    """Rounds one group after the other; `stored` says what was done, by the layers' full names.
+@dataclass(frozen=True)
+class Choice:
+    """How a group is to be rounded: the codec of each layer.
 
-    tokens: how many of the calibration each expert read, by the name of its layer's first product.
+    shards: into which tensor-parallel ranks cut the input, and which no block of the rotation may cross.
     """
 
-    def __init__(self, writer: CheckpointWriter, device: torch.device, seed: int, damping: float) -> None:
+    group: Group
+    codecs: dict[str, str]
+    shards: int = 1
+
+
+class GroupRounder:
+    """Rounds groups of layers; `stored` says what was done, by the layers' full names.
+
+    devices: among which groups that come together are shared out; layers, and what is returned, are on the first. They
+    change nothing but the time. tokens: how many of the calibration each expert read, by the name of its layer's first
+    product.
+    """
+
+    def __init__(self, writer: CheckpointWriter, devices: Sequence[torch.device], seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
         self.tokens: dict[str, list[int]] = {}
-        self._writer, self._seed, self._damping = writer, seed, damping
-        self._panels: PanelRounder = GraphedPanelRounder() if device.type == "cuda" else round_panel
+        self._writer, self.devices, self._seed, self._damping = writer, devices, seed, damping
+        self._panels: list[PanelRounder] = [round_panel for _ in devices]
+        if devices[0].type == "cuda":
+            capturing = Lock()
+            self._panels = [GraphedPanelRounder(capturing) for _ in devices]
+            for device in devices[1:]:  # PyTorch loads its solvers when they are first used, which threads must not do
+                factor(torch.eye(2, device=device), damping)
 
-    def __call__(self, group: Group, codecs: dict[str, str], shards: int = 1) -> None:
-        """Round the layers of a group, give them the rounded weights, and write them to the checkpoint.
+    def __call__(self, *choices: Choice) -> None:
+        """Round the layers of groups, give them the rounded weights, and write them to the checkpoint, in this order.
 
-        shards: into which tensor-parallel ranks cut the input, and which no block of the rotation may cross. Experts
-        of one layer share their signs, so that an input is rotated once for all of them.
+        Experts of one layer share their signs, so that an input is rotated once for all of them.
         """
-        layers, moments = group.layers, group.moments
-        first = next(iter(layers))
-        if not torch.isfinite(moments.hessian).all():
+        chosen = [part for choice in choices for part in self._parts(choice)]
+        rounded = spread.run(self.devices, [self._task(part) for part in chosen])
+        for part, (packed, lost) in zip(chosen, rounded, strict=True):
+            self._keep(part, packed, lost)
+
+    def _parts(self, choice: Choice) -> Iterator["_Part"]:
+        """The layers of a group that one codec takes, as one matrix."""
+        group, codecs = choice.group, choice.codecs
+        first = next(iter(group.layers))
+        if not torch.isfinite(group.moments.hessian).all():
             raise GlqError(f"{first} reads NaN or infinite values on the calibration text: the model is broken")
         if group.expert is not None:
             self.tokens.setdefault(first, []).append(group.tokens)
         for codec in dict.fromkeys(codecs.values()):
-            chosen = {name: layer for name, layer in layers.items() if codecs[name] == codec}
-            seed, members = group_seed(self._seed, first), list(chosen.values())
-            packed, lost = round_layers(members, moments, get_codec(codec), seed, self._damping, self._panels, shards)
-            for (name, layer), p in zip(chosen.items(), packed, strict=True):
-                if not torch.isfinite(p.scale).all():
-                    raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
-                layer.weight.data = p.dequantize()
-                own = name if group.expert is None else name.replace("*", str(group.expert))
-                self._writer.add({f"{own}.codes": p.codes, f"{own}.scale": p.scale, f"{own}.signs": p.signs})
-                done = Stored(ModuleConfig(p.codec, p.in_features, p.out_features, p.block), p.nbytes, lost)
-                if group.expert is not None:
-                    done = self.stored.get(name, replace(done, nbytes=0)).joined(done)
-                self.stored[name] = done
+            layers = {name: layer for name, layer in group.layers.items() if codecs[name] == codec}
+            yield _Part(group, layers, get_codec(codec), group_seed(self._seed, first), choice.shards)
+
+    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float]]:
+        def work(index: int) -> tuple[list[PackedLinear], float]:
+            device, members = self.devices[index], list(part.layers.values())
+            there = members if index == 0 else [_moved(layer, device) for layer in members]
+            moments = part.group.moments if index == 0 else part.group.moments.to(device)
+            panels = self._panels[index]
+            packed, lost = round_layers(there, moments, part.codec, part.seed, self._damping, panels, part.shards)
+            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost
+
+        return spread.Task(part.size, work)
+
+    def _keep(self, part: "_Part", packed: list[PackedLinear], lost: float) -> None:
+        expert = part.group.expert
+        for (name, layer), p in zip(part.layers.items(), packed, strict=True):
+            if not torch.isfinite(p.scale).all():
+                raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
+            layer.weight.data = p.dequantize()
+            own = name if expert is None else name.replace("*", str(expert))
+            self._writer.add({f"{own}.codes": p.codes, f"{own}.scale": p.scale, f"{own}.signs": p.signs})
+            done = Stored(ModuleConfig(p.codec, p.in_features, p.out_features, p.block), p.nbytes, lost)
+            if expert is not None:
+                done = self.stored.get(name, replace(done, nbytes=0)).joined(done)
+            self.stored[name] = done
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers of a group that are rounded as one matrix."""
+
+    group: Group
+    layers: dict[str, nn.Linear]
+    codec: Codec
+    seed: int
+    shards: int
+
+    @property
+    def size(self) -> float:
+        """Of the time it takes: columns come one after the other, and few rows leave a GPU idle."""
+        return self.group.moments.hessian.shape[0] * max(_FULL, sum(m.out_features for m in self.layers.values()))
+
+
+def _moved(layer: nn.Linear, device: torch.device) -> nn.Linear:
+    """A layer of the same weights there."""
+    moved = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    moved.weight = nn.Parameter(layer.weight.to(device), requires_grad=False)
+    return moved
 
 
 def round_layers(

@@ -5,6 +5,7 @@ first by what the errors of the blocks before it make best for it (LDLQ of QuIP,
 arXiv:2210.17323). A codec says only how to round a group of weights.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,28 +125,34 @@ def round_panel(codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple
 
 
 class GraphedPanelRounder:
-    """`round_panel` as a CUDA graph, one a shape: its thousands of small kernels cost a launch each otherwise."""
+    """`round_panel` as a CUDA graph, one a shape: its thousands of small kernels cost a launch each otherwise.
 
-    def __init__(self) -> None:
+    For one device. capturing: held while a graph is captured, which no two threads may do at once.
+    """
+
+    def __init__(self, capturing: AbstractContextManager[object] | None = None) -> None:
         self._graphs: dict[tuple[str, torch.Size], _Graph] = {}
+        self._capturing = capturing or nullcontext()
 
     def __call__(self, codec: Codec, moved: Tensor, target: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         key = (codec.name, moved.shape)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(codec, moved, target, n)
+            with self._capturing:
+                self._graphs[key] = _Graph(codec, moved, target, n)
         return self._graphs[key].replay(moved, target, n)
 
 
 class _Graph:
     def __init__(self, codec: Codec, *inputs: Tensor) -> None:
         self._inputs = [t.contiguous().clone() for t in inputs]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             round_panel(codec, *self._inputs)  # fills the caches of constant tensors, which capture must not
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # PyTorch's own stream for capture is one of the first device that captured; other threads may go on meanwhile
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = round_panel(codec, *self._inputs)
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,8 +139,9 @@ class _Bench:
         reference, quantized, begun = list(states), list(states), False
         seed, damping = self._settings.seed, self._settings.damping
 
-        def visit(group: ReadByOne) -> None:
+        def visit(one: list[ReadByOne]) -> None:
             nonlocal begun
+            (group,) = one
             first = next(iter(group.layers))
             begun = begun or first in targets
             if begun:  # before, there is nothing to make up for

@@ -206,10 +206,11 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
     reference, quantized = list(inputs), list(inputs)
     found = []
 
-    def half_the_weights(twin, members, moments):
-        found.append(moments)
-        for member in members:
-            twin.get_submodule(member).weight.data *= 0.5
+    def half_the_weights(twin, read):
+        for group in read:
+            found.append(group.inputs)
+            for member in group.members:
+                twin.get_submodule(member).weight.data *= 0.5
 
     steps = list(calibrate_block(block, groups, reference, quantized, first, half_the_weights))
     assert steps == [0, 1, 2, 3, 4]

@@ -65,7 +65,7 @@ class _Sharding:
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
         plan = getattr(config, "base_model_tp_plan", None) or {}
-        self._plan = [(f"*.{pattern}", style) for pattern, style in plan.items()]
+        self._plan = [(f"*.{pattern}", style) for pattern, style in plan.items() if "*" in pattern]  # of blocks
         if ranks > 1 and not plan:
             raise GlqError(f"transformers has no tensor-parallel plan for {config.model_type!r}: leave out --tp")
         if self._heads % ranks or (self._kv_heads % ranks and ranks % self._kv_heads):
