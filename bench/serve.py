@@ -251,7 +251,7 @@ def on_gpu() -> bool:
 
 @contextmanager
 def turn(meeting: list[str] | None) -> Iterator[None]:
-    """Alone with the machine: after all have started, one after the other; none ends before all have had their turns."""
+    """Alone with the machine: after all have started, one after the other. None ends before all have had their turns."""
     if not meeting:
         yield
         return
