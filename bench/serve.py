@@ -64,6 +64,7 @@ SHAPES: dict[str, Shape] = {
 ROW_PARALLEL = ("o_proj", "down_proj")
 WITHIN = 0.03  # of what is expected, the bytes that a rank holds
 HEAD = "+head"
+PATIENCE = 240  # seconds that an engine waits for others
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
 
 
@@ -251,7 +252,7 @@ def on_gpu() -> bool:
 
 @contextmanager
 def turn(meeting: list[str] | None) -> Iterator[None]:
-    """Alone with the machine: after all have started, one after the other. None ends before all have had their turns."""
+    """Alone with the machine: after all have started, one after the other. None ends before all have had a turn."""
     if not meeting:
         yield
         return
@@ -264,9 +265,10 @@ def turn(meeting: list[str] | None) -> Iterator[None]:
 
 
 def meet(folder: Path, state: str, count: int) -> None:
-    """Wait until so many have come."""
+    """Wait until so many have come; who has not by then will not."""
     come(folder, state)
-    while len(list(folder.glob(f"{state}-*"))) < count:
+    end = time.monotonic() + PATIENCE
+    while len(list(folder.glob(f"{state}-*"))) < count and time.monotonic() < end:
         time.sleep(0.1)
 
 
@@ -301,6 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     with turn(args.meet):
         time_batches(row, args, seconds)
+        print("timed", row, flush=True)
     return row
 
 

@@ -4,7 +4,8 @@
 
 Without a directory it makes a model of Gemma-3-270M's shape with random weights, and quantizes it with 4 and 2 bits for
 --tp ranks; the original is compared, too, since bf16 alone is not the same on two ranks. Every engine has a process of
-its own. A token that differs has to be a tie: its log-prob on one rank within --within of the best one's.
+its own, and all start at once. A token that differs has to be a tie: its log-prob on one rank within --within of the
+best one's.
 Exit code 1 if anything differs by more, or a GPU holds other bytes than `glq info --tp` says, by more than 3%.
 """
 
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ def answer(model: Path, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=256,
         max_num_seqs=PROMPTS,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.05,  # as much has to be free
+        kv_cache_memory_bytes=2**29,
         tensor_parallel_size=ranks,
         disable_custom_all_reduce=args.nccl,
         **({"distributed_executor_backend": "mp"} if ranks > 1 else {}),
@@ -131,14 +134,17 @@ def expected_bytes(model: Path, ranks: int) -> list[int] | None:
 def check(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One model on one rank and on several."""
     environment = os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # to send functions to ranks
-    answers = []
-    for ranks in (1, args.tp):
+
+    def ask(ranks: int) -> dict[str, Any]:
         part = folder / f"{model.name}-{ranks}.json"
         options = ["--new", args.new, "--one", ranks, *(["--nccl"] if args.nccl else [])]
         options += ["--dtype", args.dtype] if args.dtype else []
         command = [sys.executable, __file__, part, model, *options]
         subprocess.run([str(word) for word in command], env=environment, check=True)
-        answers.append(json.loads(part.read_text(encoding="utf-8")))
+        return json.loads(part.read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(ask, (1, args.tp)))
     row = {"model": model.name, **compare(*answers)}
     row["weight_bytes"], row["expected_bytes"] = answers[1]["weight_bytes"], expected_bytes(model, args.tp)
     held = zip(row["weight_bytes"] or (), row["expected_bytes"] or (), strict=False)
@@ -167,10 +173,12 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in args.models or make_checkpoints(Path(folder), args):
-            rows.append(check(model, Path(folder), args))
-            print(rows[-1], flush=True)
-            args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        models = args.models or make_checkpoints(Path(folder), args)
+        with ThreadPoolExecutor() as pool:  # all engines start at the same time
+            for row in pool.map(lambda model: check(model, Path(folder), args), models):
+                rows.append(row)
+                print(row, flush=True)
+                args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(not all(row["good"] for row in rows))
 
 
