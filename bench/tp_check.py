@@ -34,18 +34,23 @@ GEMMA = {
     "pad_token_id": 1,
 }
 WORDS = 300
+EMBEDDINGS = 0.12  # standard deviation: logits of three
 PROMPTS, LENGTH = 8, 24
 
 
 def make_model(folder: Path, layers: int, vocabulary: int) -> None:
-    """Random weights, large enough for the layers to say which token is next."""
+    """Random weights, of such sizes that neither the token itself nor chance decides which one is next."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    sizes = GEMMA | {"num_hidden_layers": layers, "vocab_size": vocabulary, "initializer_range": 0.05}
-    Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+    sizes = GEMMA | {"num_hidden_layers": layers, "vocab_size": vocabulary, "initializer_range": EMBEDDINGS}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
+    for name, weight in model.named_parameters():
+        if "layernorm" in name and "post_" in name:  # what a layer adds: all of them together six times the embedding
+            weight.data.fill_(6 * EMBEDDINGS * (GEMMA["hidden_size"] / (2 * layers)) ** 0.5 - 1)
+    model.to(torch.bfloat16).save_pretrained(folder)
     words = {"<s>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -164,7 +169,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=GEMMA["num_hidden_layers"])
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--dtype", help="bfloat16 on a GPU and float32 on a CPU, if not given")
-    parser.add_argument("--within", type=float, default=0.1, help="log-probs by which a token may miss the best")
+    parser.add_argument("--within", type=float, default=0.2, help="log-probs by which a token may miss the best")
     parser.add_argument("--nccl", action="store_true", help="no sums over ranks but NCCL's")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -145,11 +145,12 @@ class GraphedPanelRounder:
 class _Graph:
     def __init__(self, codec: Codec, *inputs: Tensor) -> None:
         self._inputs = [t.contiguous().clone() for t in inputs]
-        stream = torch.cuda.Stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream())
+        device = inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             round_panel(codec, *self._inputs)  # fills the caches of constant tensors, which capture must not
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # PyTorch's own stream for capture is one of the first device that captured; other threads may go on meanwhile
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
