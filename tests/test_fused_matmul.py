@@ -12,7 +12,7 @@ from glq.ops import cuda_decode
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul, try_out
 from glq.ops.inputs import NORM, SILU, norm_of, plain, silu_of
-from glq.ops.matmul import cuda_product, matmul, matmul_reference
+from glq.ops.matmul import cuda_product, makes_input, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -107,6 +107,22 @@ def test_rotation_of_what_is_made(kind, layout, block):
     assert (tiles - of_torch).norm() < 2e-3 * of_torch.norm()
     if kind == NORM:
         assert torch.equal(x.total, a + b)
+
+
+def test_how_many_tokens_are_made():
+    hopper, other = Emulator(1), Emulator(1)
+    other.arch = 89
+    assert [makes_input(tokens, 2048, hopper) for tokens in (1, 64, 65, 256, 257)] == [True, True, True, True, False]
+    assert [makes_input(tokens, 2048, other) for tokens in (1, 64, 65)] == [True, True, False]
+    assert not makes_input(1, 96, hopper)
+
+
+@emulated
+@pytest.mark.parametrize("tokens", [1, 33, 64])
+def test_other_gpus(tokens):
+    gpu = Emulator(2)
+    gpu.arch = 89
+    check(NORM, "trellis-2", tokens, 64, 512, 256, torch.float16, gpu)
 
 
 @emulated

@@ -11,9 +11,8 @@ from torch.nn.functional import silu
 
 from glq import nvrtc
 from glq.errors import GlqError
-from glq.ops.cuda_rotate import makes
 from glq.ops.inputs import Input, norm_of, silu_of
-from glq.ops.matmul import cuda_product, has_cuda_kernel, matmul, matmul_reference
+from glq.ops.matmul import cuda_product, has_cuda_kernel, makes_input, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes
 
 
@@ -85,8 +84,9 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _is_made(x: Tensor, codec: str, block: int) -> bool:
     """Whether kernels make x while they rotate it."""
-    few = makes(block, x.numel() // x.shape[-1]) if x.shape[-1] else False
-    return x.is_cuda and x.ndim > 1 and few and has_cuda_kernel(x, codec) and _works(x.device)
+    if not x.is_cuda or x.ndim == 1 or not has_cuda_kernel(x, codec):
+        return False
+    return makes_input(x.shape[:-1].numel(), block, nvrtc.gpu(x.device)) and _works(x.device)
 
 
 @cache

@@ -15,12 +15,14 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops.cuda_rotate import makes
 from glq.ops.inputs import PLAIN, Input, plain
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 # Measured on an H100: docs/benchmarks.md
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
+_DECODED = 64  # tokens up to which it is taken elsewhere
 _MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
@@ -115,10 +117,15 @@ def try_out(
             raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
 
 
+def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
+    """Whether cuda_product takes so many tokens of an x that is still to be made."""
+    return makes(block, tokens) and (gpu.arch == cuda_prefill.ARCH or tokens <= _DECODED)
+
+
 def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """By the kernel that is fastest for so many tokens x [tokens, in]."""
     tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
-    if tokens <= (_FEW if hopper else 64):
+    if tokens <= (_FEW if hopper else _DECODED):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
     if not hopper or tokens >= _MANY:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import by_warps
 from glq.ops.fused_matmul import norm_matmul, silu_matmul
+from glq.ops.matmul import makes_input
 from glq.step.record import Call, Recording, Value, values_in
 
-_TOKENS = 256  # up to which there are kernels that make x; otherwise the ops are no faster than their calls
 _aten = torch.ops.aten
 
 # (function, operands): each of these a number, a name for what is found there, or such a pattern itself.
@@ -39,13 +39,13 @@ class Product:
         return values_in(self.args)
 
 
-def products(recording: Recording) -> list[Product]:
-    """All for which there are kernels; a call belongs to one of them at most."""
+def products(recording: Recording, gpu: nvrtc.Launcher) -> list[Product]:
+    """All for which kernels make x: otherwise the ops are no faster than their calls. A call belongs to one at most."""
     finder = _Finder(recording)
     found: list[Product] = []
     taken: set[Call] = set()
     for call in recording.calls:
-        if _has_kernels(call):
+        if _has_kernels(call, gpu):
             ways = (way for way in finder.ways(call) if finder.is_one(way) and taken.isdisjoint(way.calls))
             way = next(ways, None)
             if way is not None:
@@ -138,13 +138,14 @@ def _whole(x: Value) -> Value:
     return x.root if same else x
 
 
-def _has_kernels(call: Call) -> bool:
+def _has_kernels(call: Call, gpu: nvrtc.Launcher) -> bool:
     """Whether it is a product for which kernels make x."""
     if call.function is not torch.ops.glq.matmul.default or call.kwargs:
         return False
     x, *_, codec, _, block = call.args
     of_16_bits = x.dtype in (torch.float16, torch.bfloat16)
-    return of_16_bits and isinstance(get_codec(codec), Trellis) and by_warps(block) and prod(x.shape[:-1]) <= _TOKENS
+    few = makes_input(prod(x.shape[:-1]), block, gpu)
+    return of_16_bits and isinstance(get_codec(codec), Trellis) and few
 
 
 def _is_norm(normed: Value, total: Value, x: Any, residual: Any, weight: Any, wide: Value, eps: Any) -> bool:

@@ -279,7 +279,7 @@ def _groups(recording: Recording, gpu: nvrtc.Launcher) -> list[tuple[list[Call],
     """The calls in their order, those of one product or attention together at the place of the last."""
     calls = [call for call in recording.calls if not call.is_view]
     works: list[Attending | Multiplying] = [*_attentions(calls, recording, gpu)]
-    works += map(Multiplying, products(recording))
+    works += map(Multiplying, products(recording, gpu))
     of_last = {work.what.calls[-1]: work for work in works}
     ahead = {call for work in works for call in work.what.calls[:-1]}
     groups: list[tuple[list[Call], Attending | Multiplying | None]] = []
