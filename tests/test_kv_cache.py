@@ -75,15 +75,35 @@ def test_assisted_decoding_crops(name, exact, request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(None, None), (4, 2), (3, None)])
-def test_update_returns_the_decoded_states(dtype, key_bits, value_bits):
+@pytest.mark.parametrize("first", [30, 3])
+def test_update_returns_the_decoded_states(dtype, key_bits, value_bits, first):
+    """Keys less the mean of the first ones, if those were 16 at least."""
     cache = GlqCache(4, key_bits=key_bits, value_bits=value_bits)
     keys, values = torch.randn(2, 2, 3, 50, 64).to(dtype)
-    parts = [cache.update(k, v, 0) for k, v in zip(keys.split(30, -2), values.split(30, -2), strict=True)]
-    for x, y, bits in zip((keys, values), parts[-1], (key_bits or 4, value_bits or 4), strict=True):
+    chunks = [x.split([first, 50 - first], -2) for x in (keys, values)]
+    parts = [cache.update(k, v, 0) for k, v in zip(*chunks, strict=True)]
+    centre = keys[..., :first, :].float().mean(-2, keepdim=True).to(dtype).float() if first >= 16 else 0
+    for x, y, shift, bits in zip((keys, values), parts[-1], (centre, 0), (key_bits or 4, value_bits or 4), strict=True):
         codec = kv_codec(bits)
-        assert torch.equal(y, codec.decode(*codec.encode(x), dtype))
+        assert torch.equal(y, (codec.decode(*codec.encode(x.float() - shift)) + shift).to(dtype))
     assert cache.get_seq_length() == 50
-    assert torch.equal(parts[-1][0][..., :30, :], parts[0][0])
+    assert torch.equal(parts[-1][0][..., :first, :], parts[0][0])
+
+
+def test_what_all_keys_share_costs_nothing():
+    shared, own = 10 * torch.randn(2, 3, 1, 64), torch.randn(2, 3, 100, 64)
+    keys, values = GlqCache(4).update(shared + own, shared + own, 0)
+    key_error, value_error = ((x - shared - own).square().mean() for x in (keys, values))
+    assert key_error < 0.0075
+    assert value_error > 0.5
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    keys, values = torch.randn(2, 3, 2, 40, 64)
+    whole = GlqCache(4).update(keys, values, 0)
+    alone = GlqCache(4).update(keys[1:2], values[1:2], 0)
+    for a, b in zip(whole, alone, strict=True):
+        assert torch.allclose(a[1:2], b, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -94,10 +114,10 @@ def test_memory(bits):
         cache.update(*states, layer)
         plain.update(*states, layer)
     full = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
-    assert cache.nbytes / full == (bits + 16 / 128) / 16
-    assert cache.nbytes == sum(
-        x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values)
-    )
+    kept = [x for layer in cache.layers for x in (layer.keys, layer.values, layer.centre)]
+    assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in kept)
+    one_key = 1 / 2 / 100  # in 16 bits, of 100 keys and values
+    assert cache.nbytes / full == pytest.approx((bits + 16 / 128) / 16 + one_key)
 
 
 def test_a_sliding_layer_keeps_its_window(gemma):
@@ -112,16 +132,19 @@ def test_reorder_repeat_select_crop_and_reset():
     cache = GlqCache(3)
     cache.update(*torch.randn(2, 3, 2, 10, 64), 0)
     rows = cache.layers[0].keys.clone()
+    cache.layers[0].centre = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 64)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert torch.equal(cache.layers[0].keys, rows[[2, 0, 0]])
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 5]))
     cache.crop(-4)
     assert torch.equal(cache.layers[0].keys, rows[[2, 0], :, :6])
+    assert cache.layers[0].centre[:, 0, 0, 0].tolist() == [2, 0]
     assert cache.get_seq_length() == 6
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.nbytes == 0
+    assert cache.layers[0].centre is None
 
 
 def test_four_bits_change_little(model):
@@ -136,21 +159,24 @@ def test_four_bits_change_little(model):
 
 
 def test_one_step_sees_what_one_pass_sees(model):
-    """Token by token or all at once: the same codes, for each is rounded alone."""
-    inputs, cache = prompts(30), GlqCache(4)
+    """Token by token or all at once: the same codes, where the first keys set the same centre."""
+    ids, cache = prompts(50)["input_ids"], GlqCache(4)
     with torch.no_grad():
-        whole = model(**inputs, past_key_values=GlqCache(4)).logits[0]
-        steps = [model(inputs["input_ids"][:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(30)]
+        first = GlqCache(4)
+        model(ids[:, :20], past_key_values=first)
+        model(ids[:, :20], past_key_values=cache)
+        whole = model(ids[:, 20:], past_key_values=first).logits[0]
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(20, 50)]
     assert torch.allclose(torch.stack(steps), whole, atol=1e-2)
 
 
-def test_nan_is_not_hidden():
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf, 1e38])
+def test_nan_is_not_hidden_and_stays_where_it_is(bad):
     cache = GlqCache(4)
-    keys, values = torch.randn(2, 1, 1, 4, 64)
-    values[0, 0, 1, 5] = torch.inf
-    keys, values = cache.update(keys, values, 0)
-    assert keys.isfinite().all()
-    assert values.isnan().all(-1).tolist() == [[[False, True, False, False]]]
+    states = torch.randn(2, 1, 1, 20, 64)
+    states[:, 0, 0, 1, 5] = bad
+    for decoded in cache.update(*states, 0):
+        assert decoded[0, 0].isnan().sum(-1).tolist() == [0, 64, *[0] * 18]
 
 
 def test_refused():
