@@ -13,6 +13,7 @@ from glq.errors import GlqError
 
 __version__ = "0.1.0"
 __all__ = [
+    "GlqCache",
     "GlqError",
     "Plan",
     "Settings",
@@ -32,6 +33,7 @@ _LAZY = {
     "quantize": "glq.recipe",
     "TuneSettings": "glq.tuning",
     "tune": "glq.tuning",
+    "GlqCache": "glq.kv.cache",
     "load": "glq.hf_integration",
     "evaluate": "glq.evaluation",
     "inspect": "glq.checkpoint",

@@ -263,6 +263,9 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     chat: Annotated[bool, typer.Option(help="wrap the prompt in the model's chat template")] = False,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="bits of the KV cache: 4, 3 or 2; default: the model's own 16 or 32")
+    ] = None,
 ) -> None:
     """Complete a prompt, greedily."""
     with _plain_errors():
@@ -270,7 +273,11 @@ def generate(
 
         from glq.hf_integration import load
         from glq.hub import load_tokenizer, resolve
+        from glq.kv.cache import GlqCache
+        from glq.kv.codec import kv_codec
 
+        if kv_bits is not None:
+            kv_codec(kv_bits)  # refused before anything is loaded
         loaded = load(model, device=device)
         tokenizer = load_tokenizer(resolve(model))
         if chat and not tokenizer.chat_template:
@@ -281,7 +288,8 @@ def generate(
             )
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer)
+        cache = None if kv_bits is None else GlqCache(kv_bits, config=loaded.config)
+        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, past_key_values=cache)
 
 
 @app.command()
