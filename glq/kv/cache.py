@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from glq.errors import GlqError
-from glq.kv.codec import KvCodec, kv_codec
+from glq.kv.codec import KvCodec, kv_codec, narrow
 
 _SCALE_BYTES = 2
 _LARGEST = torch.finfo(torch.float16).max  # what is beyond it decodes to NaN, and shall not take others with it
@@ -50,7 +50,7 @@ class _Coded:
         new = (_rows(self.key_codec, key_states.float() - centre), _rows(self.value_codec, value_states))
         keys, values = super().update(*new, *args, **kwargs)  # type: ignore[misc]
         keys = _vectors(self.key_codec, keys, torch.float32) + centre
-        return _narrow(keys, key_states.dtype), _vectors(self.value_codec, values, value_states.dtype)
+        return narrow(keys, key_states.dtype), _vectors(self.value_codec, values, value_states.dtype)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -148,9 +148,3 @@ def _rows(codec: KvCodec, x: Tensor) -> Tensor:
 def _vectors(codec: KvCodec, rows: Tensor, dtype: torch.dtype) -> Tensor:
     words, scale = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:]
     return codec.decode(words, scale.contiguous().view(torch.float16)[..., 0], dtype)
-
-
-def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x fp32 in dtype; what is beyond its range becomes its largest value."""
-    largest = torch.finfo(dtype).max
-    return x.clamp_(-largest, largest).to(dtype)

@@ -66,8 +66,7 @@ class KvCodec:
     def decode(self, words: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., d] in dtype. Finite values beyond its range become its largest ones."""
         units = self.codec.decode(unpack(words, self.word_bytes)).flatten(-2)
-        largest = torch.finfo(dtype).max
-        return mix(units * scales[..., None].float()).clamp_(-largest, largest).to(dtype)
+        return narrow(mix(units * scales[..., None].float()), dtype)
 
     def _encode(self, x: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [n, d] → words [n, d/8 · word_bytes] uint8, scales [n] fp16."""
@@ -129,6 +128,12 @@ def mixing_signs(d: int, device: torch.device) -> Tensor:
     h = (torch.arange(1, d + 1) * 0x9E3779B1) & 0xFFFFFFFF
     h = ((h ^ h >> 15) * 0x85EBCA77) & 0xFFFFFFFF  # wraps around in int64, which leaves the low 32 bits right
     return (1 - 2 * (h >> 31)).float().to(device)
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x fp32, which is overwritten, in dtype; what is beyond its range becomes its largest value, NaN stays."""
+    largest = torch.finfo(dtype).max
+    return x.clamp_(-largest, largest).to(dtype)
 
 
 def finite_half(x: Tensor) -> Tensor:

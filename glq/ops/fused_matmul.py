@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from glq import nvrtc
-from glq.errors import GlqError
 from glq.ops.inputs import Input, norm_of, silu_of
-from glq.ops.matmul import cuda_product, has_cuda_kernel, makes_input, matmul, matmul_reference
+from glq.ops.matmul import compare, cuda_product, has_cuda_kernel, makes_input, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes
 
 
@@ -114,13 +113,8 @@ def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.devi
         norm = norm_of(a, b, weight, 1e-5)
         for made, x in ((silu_of(a, b), silu(a) * b), (norm, normed(a + b, weight, 1e-5))):
             y = product(made, PackedLinear("trellis-2", 128, 256, 256, codes, scale, signs))
-            _compare(y, matmul_reference(x, codes, scale, signs, *given))
-        _compare(norm.total, a + b)
-
-
-def _compare(y: Tensor, expected: Tensor) -> None:
-    if not torch.allclose(y.float(), expected.float(), rtol=0.01, atol=0.01 * expected.abs().max().item()):
-        raise GlqError("they compute something else than PyTorch on this GPU")
+            compare(y, matmul_reference(x, codes, scale, signs, *given), tokens)
+        compare(norm.total, a + b, tokens)
 
 
 def _product(

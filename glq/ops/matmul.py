@@ -112,9 +112,14 @@ def try_out(
         x = torch.linspace(-1, 1, count * cols).view(count, cols)
         expected = matmul_reference(x, codes, scale, signs, codec, rows, cols)
         weight = PackedLinear(codec, rows, cols, cols, codes.to(device), scale.to(device), signs.to(device))
-        y = multiply(x.to(device).half(), weight).float().cpu()
-        if not torch.allclose(y, expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
-            raise GlqError(f"with {count} tokens it computes something else than PyTorch on this GPU")
+        compare(multiply(x.to(device).half(), weight), expected, count)
+
+
+def compare(y: Tensor, expected: Tensor, tokens: int) -> None:
+    """GlqError if what a kernel gave for so many tokens is not what PyTorch gives. In any types, on any devices."""
+    y, expected = y.float().cpu(), expected.float().cpu()
+    if not torch.allclose(y, expected, rtol=0.01, atol=0.01 * expected.abs().max().item()):
+        raise GlqError(f"with {tokens} tokens it computes something else than PyTorch on this GPU")
 
 
 def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
