@@ -77,6 +77,15 @@ def test_gather_rounds_to_the_models_type(dtype):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 47, 100])
+def test_gather_in_parts(tokens, monkeypatch):
+    monkeypatch.setattr("glq.kv.layout._AT_ONCE", 40)
+    layout = PageLayout(3, 64, 4, 3)
+    pages, table, [states] = filled(layout, [100])
+    for x, y in zip(rounded(layout, *states), gather(pages, layout, table[0], tokens, torch.float32), strict=True):
+        assert torch.equal(x[:tokens], y)
+
+
 def test_padding_is_not_written():
     layout = PageLayout(1, 64, 4, 4)
     pages, _, _ = filled(layout, [20])
