@@ -11,7 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from upstream_writer import Writer, halved, llama, rotation, save_table, signs, table, write, write_model
+from upstream_writer import (
+    Writer,
+    llama,
+    rotation,
+    save_table,
+    signs,
+    table,
+    with_weights,
+    write,
+    write_model,
+    write_moe,
+)
 
 import glq.hf_integration
 from glq.cli import app
@@ -33,16 +44,6 @@ TABLES = {  # of fp32 values, from the format's description
 
 def load(path: Path, **options):
     return AutoModelForCausalLM.from_pretrained(path, **options)
-
-
-def with_weights(model, weights):
-    """A plain model with these weights."""
-    for name, weight in weights.items():
-        layer = model.get_submodule(name)
-        layer.weight.data = weight.to(layer.weight.dtype)
-        if getattr(layer, "bias", None) is not None:
-            layer.bias.data.zero_()
-    return model.eval()
 
 
 def held(model) -> dict:
@@ -191,40 +192,10 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch):
 # Experts, and embeddings of each layer
 
 
-def moe():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 3, "head_dim": 32}
-    more = {"vocab_size": 120, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    rest = {"num_experts_per_tok": 2, "tie_word_embeddings": True, "dtype": "float32", "initializer_range": 0.2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more, **rest)).float()
-
-
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("codec", ["e8_shell", "e8p", "3inst"])
 def test_experts(codec, joint, tmp_path):
-    model, writer = moe(), Writer(codec, 4)
-    path, expected = write_model(tmp_path / "m", model, writer)
-    tensors, name = load_file(path / "model.safetensors"), "model.layers.0.mlp.experts"
-    for key in ("gate_up_proj", "down_proj"):
-        tensors.pop(f"{name}.{key}")
-    experts = model.model.layers[0].mlp.experts
-    for e in range(3):
-        if joint:
-            made, gate_up = writer.matrix(64, 64)
-            made["SU"] = torch.from_numpy(signs(64, np.random.default_rng(5))).half()
-            gate_up = gate_up * made["SU"][:, None] * torch.from_numpy(signs(64, np.random.default_rng(1)))[:, None]
-            parts = dict(zip(("gate_proj", "up_proj"), halved(made), strict=True))
-            experts.gate_up_proj.data[e] = gate_up.float()
-        else:
-            both = [writer.matrix(32, 64) for _ in range(2)]
-            parts = {"gate_proj": both[0][0], "up_proj": both[1][0]}
-            experts.gate_up_proj.data[e] = torch.cat([both[0][1], both[1][1]]).float()
-        parts["down_proj"], down = writer.matrix(64, 32)
-        experts.down_proj.data[e] = down.float()
-        tensors |= {f"{name}.{e}.{part}.{key}": t for part, of in parts.items() for key, t in of.items()}
-    save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path / "model.safetensors")
-    plain = with_weights(model, expected)
+    path, plain = write_moe(tmp_path / "m", Writer(codec, 4), joint)
     loaded = load(path)
     assert difference(loaded, plain) <= 1e-5
     assert difference(loaded.dequantize(torch.float32), plain) <= 1e-5

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from glq.upstream import codebooks
 
@@ -209,3 +209,45 @@ def llama(**changes) -> LlamaForCausalLM:
 
 def save_table(path: Path, rows: torch.Tensor, **more) -> None:
     torch.save({"codebook": rows, "opt_scale": 1.0, "resid_scale": 3.0} | more, path / "e8_codebook.pt")
+
+
+def with_weights(model, weights):
+    """A plain model with these weights."""
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        layer.weight.data = weight.to(layer.weight.dtype)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data.zero_()
+    return model.eval()
+
+
+def moe():
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 3, "head_dim": 32}
+    more = {"vocab_size": 120, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rest = {"num_experts_per_tok": 2, "tie_word_embeddings": True, "dtype": "float32", "initializer_range": 0.2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more, **rest)).float()
+
+
+def write_moe(path: Path, writer: Writer, joint: bool):
+    """A mixture of 3 experts, stored one by one; joint: gate and up of each as one matrix that was cut in two."""
+    model = moe()
+    _, expected = write_model(path, model, writer)
+    tensors, name = load_file(path / "model.safetensors"), "model.layers.0.mlp.experts"
+    for key in ("gate_up_proj", "down_proj"):
+        tensors.pop(f"{name}.{key}")
+    experts = model.model.layers[0].mlp.experts
+    for e in range(3):
+        if joint:
+            made, gate_up = writer.matrix(64, 64)
+            before, made["SU"] = made["SU"], torch.from_numpy(signs(64, np.random.default_rng(5))).half()
+            experts.gate_up_proj.data[e] = (gate_up * (made["SU"] * before)[:, None]).float()
+            parts = dict(zip(("gate_proj", "up_proj"), halved(made), strict=True))
+        else:
+            both = [writer.matrix(32, 64) for _ in range(2)]
+            parts = {"gate_proj": both[0][0], "up_proj": both[1][0]}
+            experts.gate_up_proj.data[e] = torch.cat([both[0][1], both[1][1]]).float()
+        parts["down_proj"], down = writer.matrix(64, 32)
+        experts.down_proj.data[e] = down.float()
+        tensors |= {f"{name}.{e}.{part}.{key}": t for part, of in parts.items() for key, t in of.items()}
+    save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path / "model.safetensors")
+    return path, with_weights(model, expected)
