@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glq.config import GlqConfig, ModuleConfig
+from glq.config import GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE, read_index, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
@@ -129,6 +129,15 @@ class Summary:
 
 def read_config(path: Path) -> GlqConfig:
     """The quantization_config of a checkpoint directory; GlqError if there is none that this version reads."""
+    return GlqConfig.from_dict(_read_raw(path))
+
+
+def is_upstream_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint of upstream glq. GlqError if it has no config.json that can be read."""
+    return is_upstream(_read_raw(path))
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -136,7 +145,7 @@ def read_config(path: Path) -> GlqConfig:
         raise GlqError(f"{path} has no config.json: it is not a checkpoint directory") from None
     except (OSError, ValueError) as error:
         raise GlqError(f"{file} cannot be read: {error}") from error
-    return GlqConfig.from_dict(raw.get("quantization_config", {}) if isinstance(raw, dict) else {})
+    return raw.get("quantization_config", {}) if isinstance(raw, dict) else {}
 
 
 def inspect(path: str | Path) -> Summary:

@@ -302,9 +302,12 @@ def info(
 ) -> None:
     """What a checkpoint stores, counted from its files; checks them all."""
     with _plain_errors():
-        from glq.checkpoint import inspect
+        from glq.checkpoint import inspect, is_upstream_checkpoint
         from glq.vllm_integration.shares import checkpoint_shares
 
+        if is_upstream_checkpoint(model):
+            _info_upstream(model, as_json)
+            return
         summary = inspect(model)
         held = [] if tp is None else checkpoint_shares(model, tp)
         content = {
@@ -344,9 +347,41 @@ def info(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="checkpoint of upstream glq 0.1 – 0.8: directory or name")],
+    out: _Out,
+    dense: Annotated[bool, typer.Option("--dense", help="write plain 16-bit weights, which any program reads")] = False,
+) -> None:
+    """Rewrite a checkpoint of upstream glq; without --dense, say why its codes cannot be kept."""
+    with _plain_errors():
+        from glq.upstream.convert import convert as run
+
+        with _progress() as listener:
+            done = run(source, out, dense=dense, progress=listener)
+        _say(f"{done}: {sum(f.stat().st_size for f in done.glob('*.safetensors')):,} bytes of plain weights")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     _out.print(__version__, highlight=False)
+
+
+def _info_upstream(model: Path, as_json: bool) -> None:
+    from glq.upstream.convert import inspect_upstream
+
+    found = inspect_upstream(model)
+    if as_json:
+        sys.stdout.write(json.dumps({"bits": found.bits, **asdict(found)}, indent=2) + "\n")
+        return
+    table = Table(f"upstream glq, {found.codebook}", "layers")
+    for kind, count in found.layers.items():
+        table.add_row(kind, str(count))
+    _out.print(table)
+    _say(
+        f"quantized: {found.nbytes:,} bytes × 8 ÷ {found.weights:,} weights = {found.bits:.4f} bits; "
+        f"other tensors: {found.other_bytes:,} bytes"
+    )
 
 
 def _say(line: str) -> None:
@@ -376,9 +411,13 @@ def _bar() -> Progress:
 
 def _stored_bits(model: str) -> float | None:
     """Stored bits a quantized weight of a glq checkpoint; None for any other model."""
-    from glq.checkpoint import read_config, summarize
+    from glq.checkpoint import is_upstream_checkpoint, read_config, summarize
 
     try:
+        if is_upstream_checkpoint(Path(model)):
+            from glq.upstream.convert import inspect_upstream
+
+            return inspect_upstream(model).bits
         return summarize(Path(model), read_config(Path(model))).bits
     except GlqError:
         return None

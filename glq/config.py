@@ -1,6 +1,6 @@
 """What config.json says of a quantized model: frozen dataclasses, to and from plain dictionaries."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +72,11 @@ class GlqConfig:
         """Refuses what it does not know, by name: GlqError."""
         if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
             raise GlqError("config.json has no quantization_config of quant_method 'glq': not a glq checkpoint")
+        if is_upstream(raw):
+            raise GlqError(
+                f"the checkpoint is upstream glq's (codebook {raw['codebook']!r}): it loads in transformers and vLLM, "
+                "but this takes it only as `glq convert --dense` writes it"
+            )
         version = raw.get("format_version")
         if type(version) is not int or version < 1:
             raise GlqError(
@@ -101,6 +106,12 @@ class GlqConfig:
             raise GlqError(f"quantization_config: tensor_parallel must be a positive integer, found {degree!r}")
         modules = {name: _module(name, entry) for name, entry in raw["modules"].items()}
         return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]), tensor_parallel=degree)
+
+
+def is_upstream(raw: Any) -> bool:
+    """Whether a quantization_config is upstream glq's: it has no format_version, and always a codebook."""
+    named = isinstance(raw, Mapping) and raw.get("quant_method", QUANT_METHOD) == QUANT_METHOD
+    return named and "format_version" not in raw and "codebook" in raw
 
 
 def _module(name: str, entry: Any) -> ModuleConfig:

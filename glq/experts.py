@@ -41,6 +41,18 @@ def refuse_unknown(name: str, experts: Any) -> None:
         raise GlqError(f"{name}: experts of type {type(experts).__name__} have {what}, which glq cannot quantize yet")
 
 
+def expert_shapes(name: str, experts: Any) -> dict[str, tuple[int, int, int]]:
+    """How many experts, rows and columns each matrix of a module of experts has. GlqError for unknown ones."""
+    refuse_unknown(name, experts)
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for parameter in (outer_name(experts), INNER):
+        count, *sizes = experts.get_parameter(parameter).shape
+        rows, columns = reversed(sizes) if experts.is_transposed else sizes
+        parts = part_names(parameter)
+        shapes |= {part: (count, rows // len(parts), columns) for part in parts}
+    return shapes
+
+
 def refuse_other_experts(name: str, block: nn.Module) -> None:
     """GlqError for a decoder block that has modules with two 3-D parameters after its experts were replaced."""
     for key, module in block.named_modules():

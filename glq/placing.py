@@ -7,7 +7,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
-from glq.experts import INNER, is_experts, outer_name, part_names, refuse_unknown
+from glq.experts import expert_shapes, is_experts
 from glq.naming import Naming
 from glq.packed import PACKED_DTYPES
 from glq.quant_experts import QuantExperts
@@ -45,13 +45,7 @@ def _checked(model: nn.Module, name: str, modules: dict[str, ModuleConfig]) -> A
         original = None
     if original is None or not is_experts(original):
         raise GlqError(f"{name} are no experts of {type(model).__name__}: config.json is not its own")
-    refuse_unknown(name, original)
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for parameter in (outer_name(original), INNER):
-        count, *sizes = original.get_parameter(parameter).shape
-        rows, cols = reversed(sizes) if original.is_transposed else sizes
-        parts = part_names(parameter)
-        shapes |= {part: (count, rows // len(parts), cols) for part in parts}
+    shapes = expert_shapes(name, original)
     given = {part: (m.experts, m.out_features, m.in_features) for part, m in modules.items()}
     if given != shapes:
         raise GlqError(

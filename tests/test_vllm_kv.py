@@ -169,6 +169,7 @@ def config(given, backend="CUSTOM", **changes):
     settings |= {"kv_transfer_config": None, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     all_of_them = SimpleNamespace(**settings | {"max_model_len": 256} | changes, additional_config=given)
     all_of_them.attention_config = SimpleNamespace(backend=backend and AttentionBackendEnum[backend])
+    all_of_them.compilation_config = SimpleNamespace(static_forward_context={})
     all_of_them.cache_config = all_of_them.parallel_config = all_of_them.model_config = all_of_them
     return all_of_them
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from glq.errors import GlqError
-from glq.kv.pages import PageLayout, has_kernels
+from glq.kv.pages import PageLayout, has_kernels, prepare
 from glq.vllm_integration.kv import KvOptions
 
 
@@ -40,15 +40,15 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self.repeatable = KvOptions.of(vllm_config).repeatable
+        layers = vllm_config.compilation_config.static_forward_context
+        for queries in {layers[name].num_heads for name in layer_names}:
+            prepare(_layout(vllm_config, kv_cache_spec), queries, device, vllm_config.model_config.dtype)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        options, spec = KvOptions.of(vllm_config), kv_cache_spec
-        layout = PageLayout(
-            spec.num_kv_heads, spec.head_size, options.key_bits, options.value_bits, page_tokens=spec.block_size
-        )
+        """Of steps in which every sequence decodes, where kernels do it."""
         device = torch.device(vllm_config.device_config.device_type)
-        if has_kernels(layout, device, vllm_config.model_config.dtype):
+        if has_kernels(_layout(vllm_config, kv_cache_spec), device, vllm_config.model_config.dtype):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
@@ -84,3 +84,8 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
                 prompts.append(Prompts(i, tokens, starts - starts[0], longest, earlier[i - first]))
             i = j
         return tuple(prompts)
+
+
+def _layout(config: Any, spec: Any) -> PageLayout:
+    options = KvOptions.of(config)
+    return PageLayout(spec.num_kv_heads, spec.head_size, options.key_bits, options.value_bits, spec.block_size)
