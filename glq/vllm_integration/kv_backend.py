@@ -81,7 +81,7 @@ class GlqKvBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return capability >= (8, 0)
+        return capability.major >= 8
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
