@@ -1,7 +1,7 @@
 """Attention over a paged E8 cache on an NVIDIA GPU, one query a sequence: launches kv/attend.cu."""
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from glq import nvrtc
 from glq.errors import GlqError
 from glq.kv.cuda_tables import device_tables
+from glq.kv.layout import PageLayout
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 _TILE = 16  # tokens
@@ -21,12 +22,9 @@ class Plan:
     """How attention is spread over the GPU. `group`: query heads of a kv head."""
 
     dtype: torch.dtype
-    head_dim: int
-    key_bits: int
-    value_bits: int
-    page_tokens: int
+    layout: PageLayout
     group: int
-    warps: int
+    warps: int  # of a block
     shares: int  # blocks that a sequence's tokens are cut among
 
     @property
@@ -42,7 +40,7 @@ class Plan:
     def shared(self) -> int:
         """Bytes of dynamic shared memory: tables, q and its rotation; then the warps' sums."""
         tables = 16384 + 512 + 4096
-        q = self.heads8 * 8 * self.head_dim * 4 + self.heads8 * ceil(self.head_dim / 64) * 4 * 32 * 8
+        q = self.heads8 * (8 * self.layout.head_dim * 4 + ceil(self.layout.head_dim / 64) * 4 * 32 * 8)
         return max(tables + q, self.warps * self._sums * 128)
 
     @property
@@ -50,10 +48,10 @@ class Plan:
         macros = {
             "BF16": 0,
             "OUT_BF16": int(self.dtype == torch.bfloat16),
-            "DIM": self.head_dim,
-            "KEY_BITS": self.key_bits,
-            "VALUE_BITS": self.value_bits,
-            "PAGE_TOKENS": self.page_tokens,
+            "DIM": self.layout.head_dim,
+            "KEY_BITS": self.layout.key_bits,
+            "VALUE_BITS": self.layout.value_bits,
+            "PAGE_TOKENS": self.layout.page_tokens,
             "HEADS8": self.heads8,
             "WARPS": self.warps,
             "RESIDENT": self.resident,
@@ -65,36 +63,33 @@ class Plan:
     @property
     def _sums(self) -> int:
         """Registers of a lane that hold them."""
-        return self.heads8 * ceil(self.head_dim / 64) * 16
+        return self.heads8 * ceil(self.layout.head_dim / 64) * 16
 
 
-def refusal(head_dim: int, group: int, dtype: torch.dtype) -> str:
-    """Why the kernel does not take these; "" if it does."""
-    if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} channels"
-    if group > 16:
-        return f"{group} query heads for a kv head"
+def refusal(layout: PageLayout, heads: int, dtype: torch.dtype) -> str:
+    """Why the kernel does not take these; "" if it does. heads: of queries."""
+    if layout.head_dim not in HEAD_DIMS:
+        return f"heads of {layout.head_dim} channels"
+    if heads % layout.heads or heads // layout.heads > 16:
+        return f"{heads} query heads for {layout.heads} kv heads"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype} queries"
     return ""
 
 
 def make_plan(
-    dtype: torch.dtype, head_dim: int, bits: tuple[int, int], page_tokens: int, group: int, rows: int, most: int, sms: int
+    dtype: torch.dtype, layout: PageLayout, group: int, sequences: int, most: int, gpu: nvrtc.Launcher
 ) -> Plan:
-    """rows: sequences times kv heads; most: tokens that a sequence may have."""
-    heavy = head_dim > 128 or group > 8
-    warps = 4 if heavy else 8
-    plan = Plan(dtype, head_dim, *bits, page_tokens, group, warps, 1)
-    fill = max(1, plan.resident * sms // rows)
-    shares = max(1, min(fill, ceil(most / (_TILE * warps)), _MAX_SHARES))
-    return Plan(dtype, head_dim, *bits, page_tokens, group, warps, shares)
+    """most: tokens that a sequence may have to look at."""
+    plan = Plan(dtype, layout, group, 4 if layout.head_dim > 128 or group > 8 else 8, 1)
+    fill = max(1, plan.resident * gpu.multiprocessors // (sequences * layout.heads))
+    return replace(plan, shares=max(1, min(fill, ceil(most / (_TILE * plan.warps)), _MAX_SHARES)))
 
 
 def attend(
     q: Tensor,
     pages: Tensor,
-    shape: tuple[int, int, int, int],
+    layout: PageLayout,
     page_table: Tensor,
     lengths: Tensor,
     scale: float,
@@ -103,30 +98,34 @@ def attend(
     gpu: nvrtc.Launcher,
     plan: Plan | None = None,
 ) -> Tensor:
-    """As glq.kv.pages.attend; shape: kv heads, bits of keys, bits of values, tokens of a page."""
-    batch, heads, dim = q.shape
-    kv_heads, key_bits, value_bits, page_tokens = shape
-    group = heads // kv_heads
-    reason = refusal(dim, group, q.dtype)
-    if reason or heads % kv_heads:
-        raise GlqError(f"the attention kernel of the KV cache does not take {reason or f'{heads} heads for {kv_heads}'}")
+    """As attend_reference of glq.kv.layout."""
+    sequences, heads, dim = q.shape
+    group = heads // layout.heads
+    reason = refusal(layout, heads, q.dtype)
+    if reason:
+        raise GlqError(f"the attention kernel of the KV cache does not take {reason}")
     if q.stride(2) != 1 or pages.stride(1) != 1 or page_table.stride(1) != 1 or pages.stride(0) % 16:
         raise GlqError("the attention kernel of the KV cache takes contiguous rows, and pages that begin at 16 bytes")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if not batch:
+    if not sequences:
         return out
     if plan is None:
-        most = page_table.shape[1] * page_tokens
-        most = min(most, window + _TILE) if window else most
-        plan = make_plan(
-            q.dtype, dim, (key_bits, value_bits), page_tokens, group, batch * kv_heads, most, gpu.multiprocessors
-        )
-    parts = torch.empty(batch * heads * plan.shares * (dim + 2), dtype=torch.float32, device=q.device)
+        most = page_table.shape[1] * layout.page_tokens
+        plan = make_plan(q.dtype, layout, group, sequences, min(most, window + _TILE) if window else most, gpu)
+    parts = torch.empty(sequences * heads * plan.shares * (dim + 2), dtype=torch.float32, device=q.device)
     tensors = (q, pages, page_table, lengths, device_tables(q.device), parts)
-    sizes = (_bits(scale), _bits(softcap or 0.0), window or 0, kv_heads, group, pages.stride(0), page_table.stride(0))
-    grid = (plan.shares, batch * kv_heads)
+    sizes = (
+        _bits(scale),
+        _bits(softcap or 0.0),
+        window or 0,
+        layout.heads,
+        group,
+        pages.stride(0),
+        page_table.stride(0),
+    )
+    grid = (plan.shares, sequences * layout.heads)
     gpu.launch(plan.source, "attend", grid, 32 * plan.warps, plan.shared, *tensors, *sizes, *q.stride()[:2])
-    gpu.launch(plan.source, "join_shares", (heads, batch), 128, 0, parts, out, plan.shares, *out.stride()[:2])
+    gpu.launch(plan.source, "join_shares", (heads, sequences), 128, 0, parts, out, plan.shares, *out.stride()[:2])
     return out
 
 
