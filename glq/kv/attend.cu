@@ -100,8 +100,11 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
   float* const rows = (float*)(fragments + HEADS8 * KEY_PAIRS * 4 * 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   let_next_start();
-  constexpr int FROM = KEY_BITS == 2 && VALUE_BITS == 2 ? HALVES_AT : 0, TO = KEY_BITS == 2 || VALUE_BITS == 2 ? sizeof(Tables) : HALVES_AT;
-  for (int i = FROM / 16 + threadIdx.x; i < TO / 16; i += 32 * WARPS) ((uint4*)memory)[i] = of_tables[i];
+  constexpr int FROM = KEY_BITS == 2 && VALUE_BITS == 2 ? HALVES_AT : 0, SKIPPED = KEY_BITS == 2 || VALUE_BITS == 2 ? 0 : sizeof(tables.halves);
+  for (int i = FROM / 16 + threadIdx.x; i < (int)(sizeof(Tables) - SKIPPED) / 16; i += 32 * WARPS) {
+    const int at = SKIPPED && i >= HALVES_AT / 16 ? i + SKIPPED / 16 : i;
+    ((uint4*)memory)[at] = of_tables[at];
+  }
   wait_for_previous();
 
   const Share share = share_of(lengths, window, kv_heads);
@@ -111,25 +114,6 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     if (threadIdx.x < group) part_of(threadIdx.x)[DIM] = LOWEST, part_of(threadIdx.x)[DIM + 1] = 0;
     return;
   }
-  for (int r = warp; r < HEADS; r += WARPS)
-    prepare_query(r < group ? q + (size_t)share.sequence * q_row + (first_head + r) * q_head : nullptr, rows + r * DIM, fragments, factor, r,
-                  __int_as_float(scale_bits), lane);
-  __syncthreads();
-
-  const float cap = __int_as_float(softcap_bits), to_cap = cap > 0 ? 2 * LOG2_E / cap : 0;
-  float highest[HEADS8][2], sum[HEADS8][2], to_score[HEADS8][2], sums[HEADS8][VALUE_WORDS][4][4];
-  #pragma unroll
-  for (int n = 0; n < HEADS8; ++n) {
-    #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      highest[n][e] = LOWEST;
-      sum[n][e] = 0;
-      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
-    }
-    #pragma unroll
-    for (int i = 0; i < VALUE_WORDS * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0;
-  }
-
   // Where a lane's bytes of a page's first tile are.
   const int key_scales = kv_heads * PAGE_TOKENS * KEY_ROW, values = key_scales + kv_heads * PAGE_TOKENS * 2;
   const int value_scales = values + kv_heads * PAGE_TOKENS * VALUE_ROW, token = share.head * PAGE_TOKENS;
@@ -166,6 +150,26 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     fetch_values(page, tile);
     if (tile + WARPS < share.last) next_page = page_of(tile + WARPS);
   }
+
+  for (int r = warp; r < HEADS; r += WARPS)
+    prepare_query(r < group ? q + (size_t)share.sequence * q_row + (first_head + r) * q_head : nullptr, rows + r * DIM, fragments, factor, r,
+                  __int_as_float(scale_bits), lane);
+  __syncthreads();
+
+  const float cap = __int_as_float(softcap_bits), to_cap = cap > 0 ? 2 * LOG2_E / cap : 0;
+  float highest[HEADS8][2], sum[HEADS8][2], to_score[HEADS8][2], sums[HEADS8][VALUE_WORDS][4][4];
+  #pragma unroll
+  for (int n = 0; n < HEADS8; ++n) {
+    #pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      highest[n][e] = LOWEST;
+      sum[n][e] = 0;
+      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
+    }
+    #pragma unroll
+    for (int i = 0; i < VALUE_WORDS * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0;
+  }
+
   #pragma unroll 1
   for (; tile < share.last; tile += WARPS) {
     float score[HEADS8][4];

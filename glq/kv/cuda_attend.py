@@ -39,7 +39,7 @@ class Plan:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: tables, q and its rotation; then the warps' sums."""
-        tables = 16384 + 512 + 4096
+        tables = 16384 + 512 + 4096 + 16
         q = self.heads8 * (8 * self.layout.head_dim * 4 + ceil(self.layout.head_dim / 64) * 4 * 32 * 8)
         return max(tables + q, self.warps * self._sums * 128)
 
@@ -82,8 +82,13 @@ def make_plan(
 ) -> Plan:
     """most: tokens that a sequence may have to look at."""
     plan = Plan(dtype, layout, group, 4 if layout.head_dim > 128 or group > 8 else 8, 1)
-    fill = max(1, plan.resident * gpu.multiprocessors // (sequences * layout.heads))
-    return replace(plan, shares=max(1, min(fill, ceil(most / (_TILE * plan.warps)), _MAX_SHARES)))
+    blocks, at_once, tiles = sequences * layout.heads, plan.resident * gpu.multiprocessors, ceil(most / _TILE)
+
+    def time(shares: int) -> int:
+        """In turns of a block's loop, of which its beginning and its end take about one."""
+        return ceil(blocks * shares / at_once) * (ceil(tiles / (shares * plan.warps)) + 1)
+
+    return replace(plan, shares=min(range(1, min(_MAX_SHARES, ceil(tiles / plan.warps)) + 1), key=time))
 
 
 def attend(

@@ -14,10 +14,11 @@ _TRITS = 2**13
 
 @cache
 def device_tables(device: torch.device) -> Tensor:
-    """Bytes: base-3 digits of numbers, pairs of β/2 of nested-4 and nested-3, the half table of e8-2."""
+    """Bytes: base-3 digits of numbers, pairs of β/2 of nested-4 and nested-3, the half table of e8-2, constants."""
     number = torch.arange(_TRITS)
     trits = sum((number // 3**i % 3) << 2 * i for i in range(8))
     parts = [torch.as_tensor(trits).to(torch.uint16), _pairs(4), _pairs(3), half_table(128, torch.device("cpu")).half()]
+    parts.append(torch.tensor([1024, 1024, 32, 32, 0, 0, 0, 0], dtype=torch.float16))
     return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts]).to(device)
 
 

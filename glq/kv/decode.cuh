@@ -12,6 +12,7 @@ struct Tables {
   u16 trits[8192];    // a 13-bit number's low eight base-3 digits, two bits each, lowest first
   u32 betas[2][64];   // nested-4, nested-3: beta/2 of scales i and j, fp16, at 8 j + i
   uint2 halves[512];  // e8-2: half table, fp16
+  u32 integer, key, unused[2];   // 1024, 32: from memory, for an instruction has one constant at most that the compiler knows
 };
 static constexpr int HALVES_AT = 16384 + 512;
 
@@ -25,7 +26,15 @@ constexpr u32 half_bits(double v) {  // of what fp16 has exactly, or rounded up 
   return sign | (u32)((exponent << 10) + mantissa + (mantissa < (v - 1) * 1024));
 }
 constexpr u32 both(double v) { return half_bits(v) * 0x10001; }
-static constexpr u32 SIGNS = 0x80008000u, INTEGER = 0x64006400u;  // 1024
+static constexpr u32 SIGNS = 0x80008000u;
+
+// In threes, for which some GPUs have an instruction.
+__device__ __forceinline__ u32 largest_of(const u32* v) {
+  return max2(max2(max2(v[3], v[4]), v[5]), max2(max2(max2(max2(v[0], v[1]), v[2]), v[6]), v[7]));
+}
+__device__ __forceinline__ u32 least_of(const u32* v) {
+  return min2(min2(min2(v[3], v[4]), v[5]), min2(min2(min2(min2(v[0], v[1]), v[2]), v[6]), v[7]));
+}
 
 template <int BITS> __device__ __forceinline__ void decode_nested(u32* out, u32 a, u32 b, const Tables& tables) {
   static_assert(BITS == 4 || BITS == 3, "nested E8");
@@ -37,22 +46,23 @@ template <int BITS> __device__ __forceinline__ void decode_nested(u32* out, u32 
   const u32 h = prmt(*(const u16*)(trits + at_a), *(const u16*)(trits + at_b), 0x5410);
   u32 even, odd;
   if (BITS == 4) {
-    even = (low & 0x33333333) | (h << 2 & 0xCCCCCCCC);
-    odd = (low >> 2 & 0x33333333) | (h & 0xCCCCCCCC);
+    even = choose(0x33333333, low, h << 2);
+    odd = choose(0x33333333, low >> 2, h);
   } else {
     u32 l = low & 0x00FF00FF;
     l = (l | l << 4) & 0x0F0F0F0F;
     l = (l | l << 2) & 0x33333333;
-    even = (l & 0x11111111) | (h << 1 & ~0x11111111);
-    odd = (l >> 1 & 0x11111111) | (h >> 1 & ~0x11111111);
+    even = choose(0x11111111, l, h << 1);
+    odd = choose(0x11111111, l >> 1, h >> 1);
   }
   constexpr u32 DIGIT = (BITS == 4 ? 15 : 7) * 0x10001u;
   const u32 first[4] = {even << 1, odd << 1, even >> 7, odd >> 7};  // digits 0, 1, 4, 5 at bit 1 and 2, 3, 6, 7 at bit 5
+  const u32 integer = tables.integer;
   u32 n[8];
   #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    n[i / 2 * 4 + i % 2] = (first[i] & DIGIT << 1) | INTEGER;      // 1024 + 2 c
-    n[i / 2 * 4 + i % 2 + 2] = (first[i] & DIGIT << 5) | INTEGER;  // 1024 + 32 c
+    n[i / 2 * 4 + i % 2] = (first[i] & DIGIT << 1) | integer;      // 1024 + 2 c
+    n[i / 2 * 4 + i % 2 + 2] = (first[i] & DIGIT << 5) | integer;  // 1024 + 32 c
   }
 
   // u, w
@@ -78,31 +88,32 @@ template <int BITS> __device__ __forceinline__ void decode_nested(u32* out, u32 
   // The coset
   const u32 turned = turns << 15;
   const u32 odd_0 = signs2(u[0] ^ u[1] ^ u[2] ^ u[3] ^ u[4] ^ u[5] ^ turned);
-  u32 signs = w[6] ^ turned;
+  u32 sign[7];  // of y modulo 2q
   #pragma unroll
-  for (int i = 0; i < 6; ++i) signs ^= u[i] | w[i];
-  const u32 odd_1 = signs2(signs);
-  const u32 largest = max2(max2(max2(size[0], size[1]), max2(size[2], size[3])), max2(max2(size[4], size[5]), max2(size[6], size[7])));
-  const u32 least = min2(min2(min2(size[0], size[1]), min2(size[2], size[3])), min2(min2(size[4], size[5]), min2(size[6], size[7])));
+  for (int i = 0; i < 7; ++i) sign[i] = i == 6 ? w[6] & SIGNS : w[i] & ~u[i] & SIGNS;
+  const u32 odd_1 = odd_0 ^ signs2(sign[0] ^ sign[1] ^ sign[2] ^ sign[3] ^ sign[4] ^ sign[5] ^ sign[6]);
+  const u32 largest = largest_of(size);
+  const u32 least = least_of(size);
   const u32 total = add2(add2(add2(size[0], size[1]), add2(size[2], size[3])), add2(add2(size[4], size[5]), add2(size[6], size[7])));
   const u32 moves = add2(odd_1 & least, odd_0 & add2(largest, both(-Q)));
   const u32 excess = fma2(moves, both(2), subtract2(both(4 * Q), total));  // of the second's norm
-  const u32 second = signs2(excess), is_odd = (odd_1 & second) | (odd_0 & ~second);
+  const u32 second = signs2(excess), is_odd = choose(second, odd_1, odd_0);
 
   // What is farthest from 0, the first of equals, goes to the other side
-  const u32 sign = (excess & SIGNS) | both(1);
+  const u32 direction = choose(SIGNS, excess, tables.key);
   u32 key[8];
   #pragma unroll
-  for (int i = 0; i < 8; ++i) key[i] = fma2(size[i], sign, both(-i / 32.));
-  const u32 top = max2(max2(max2(key[0], key[1]), max2(key[2], key[3])), max2(max2(key[4], key[5]), max2(key[6], key[7]))) | ~is_odd;
+  for (int i = 0; i < 8; ++i) key[i] = fma2(size[i], direction, both(-i));
+  const u32 top = largest_of(key) | ~is_odd;
+  const u32 below_top = subtract2(both(1), top);
 
   const u32 beta_at = (high & 0xE000E000) * 8193 >> 24;
   const u32 beta = *(const u32*)((const u8*)tables.betas[BITS == 4 ? 0 : 1] + beta_at);
   const u32 less = multiply2(beta, both(-Q)) & second, other = multiply2(beta, both(-PERIOD)) ^ (excess & SIGNS);
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const u32 v = fma2(equal2(key[i], top), other, fma2(size[i], beta, less));
-    out[i] = i == 7 ? v : i == 6 ? v ^ (w[i] & SIGNS) : v ^ (w[i] & ~u[i] & SIGNS);
+    const u32 v = fma2(add_within_1(key[i], below_top), other, fma2(size[i], beta, less));
+    out[i] = i == 7 ? v : v ^ sign[i];
   }
 }
 

@@ -36,10 +36,16 @@ __device__ __forceinline__ u32 abs2(u32 a) {
   asm("abs.f16x2 %0, %1;" : "=r"(r) : "r"(a));
   return r;
 }
-// 1 where they are equal, else 0; NaN is equal to nothing.
-__device__ __forceinline__ u32 equal2(u32 a, u32 b) {
+// Kept between 0 and 1; NaN becomes 0.
+__device__ __forceinline__ u32 add_within_1(u32 a, u32 b) {
   u32 r;
-  asm("set.eq.f16x2.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  asm("add.rn.sat.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+// Bits of a where mask has ones, else of b. (From C++, the compiler makes two instructions of it.)
+__device__ __forceinline__ u32 choose(u32 mask, u32 a, u32 b) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
   return r;
 }
 // All ones in each half whose sign bit is set, else zeros.
@@ -62,11 +68,11 @@ __device__ __forceinline__ float power_of_2(float v) {
 }
 __device__ __forceinline__ float log_2(float v) {
   float r;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
 __device__ __forceinline__ float reciprocal(float v) {
   float r;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }

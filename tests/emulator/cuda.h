@@ -174,7 +174,8 @@ static u32 fma2(u32 a, u32 b, u32 c) { return each_half([](double x, float y, fl
 static u32 max2(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmax(x, y); }, a, b); }
 static u32 min2(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmin(x, y); }, a, b); }
 static u32 abs2(u32 a) { return a & 0x7FFF7FFF; }
-static u32 equal2(u32 a, u32 b) { return each_half([](float x, float y, float) { return x == y ? 1.0f : 0.0f; }, a, b); }
+static u32 add_within_1(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmin(std::fmax(x + y, 0.0f), 1.0f); }, a, b); }
+static u32 choose(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 static u32 signs2(u32 a) { return prmt(a, 0, 0xBB99); }
 static bool any_lane(bool v) { return __ballot_sync(~0u, v) != 0; }
 static float power_of_2(float v) { return std::exp2(v); }
