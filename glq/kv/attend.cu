@@ -13,6 +13,7 @@ static constexpr int WORDS = DIM / 8, TILE = 16, HEADS = 8 * HEADS8;
 static constexpr int KEY_PAIRS = (WORDS + 7) / 8, KEY_WORDS = 2 * KEY_PAIRS, VALUE_WORDS = (WORDS + 7) / 8;  // of a lane
 static constexpr int KEY_ROW = WORDS * KEY_BITS, VALUE_ROW = WORDS * VALUE_BITS;  // bytes (a word of 8 channels has as many as bits a channel)
 static constexpr int SUMS = HEADS8 * VALUE_WORDS * 16;  // of a lane
+static constexpr bool AHEAD = SUMS <= 64;  // whether there are registers for words of values while keys are decoded, and for those of keys
 static constexpr float LOG2_E = 1.44269504f, LOWEST = -1e30f, SLACK = 8, LEAST_SCALE = 1.0f / (1 << 26);
 
 __device__ __forceinline__ float from_query(u16 v) { return OUT_BF16 ? from_bf16(v) : from_half(v); }
@@ -117,37 +118,38 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
   // Where a lane's bytes of a page's first tile are.
   const int key_scales = kv_heads * PAGE_TOKENS * KEY_ROW, values = key_scales + kv_heads * PAGE_TOKENS * 2;
   const int value_scales = values + kv_heads * PAGE_TOKENS * VALUE_ROW, token = share.head * PAGE_TOKENS;
-  const u8* const keys_at = pages + (token + 2 * g) * KEY_ROW + t * KEY_WORDS * KEY_BITS;
-  const u8* const values_at = pages + values + (token + 4 * t) * VALUE_ROW + g * VALUE_WORDS * VALUE_BITS;
-  const u8* const key_scales_at = pages + key_scales + (token + 2 * g) * 2, * const value_scales_at = pages + value_scales + (token + 2 * g) * 2;
+  const int keys_at = (token + 2 * g) * KEY_ROW + t * KEY_WORDS * KEY_BITS, scales_at = key_scales + (token + 2 * g) * 2;
+  const int values_at = values + (token + 4 * t) * VALUE_ROW + g * VALUE_WORDS * VALUE_BITS, to_value_scales = value_scales - key_scales;
   const int* const table = page_table + (size_t)share.sequence * table_row;
   Words<KEY_BITS, KEY_WORDS, KEY_ROW> key[2];
   Words<VALUE_BITS, VALUE_WORDS, VALUE_ROW> value[4];
   u32 two_key_scales, two_value_scales;
-  auto page_of = [&](int tile) { return (size_t)table[tile * TILE / PAGE_TOKENS] * page_bytes; };
-  auto fetch_keys = [&](size_t page, int tile) {
+  auto page_of = [&](int tile) { return table[tile * TILE / PAGE_TOKENS]; };
+  auto fetch_keys = [&](int page, int tile) {
     const int at = tile * TILE % PAGE_TOKENS;
+    const u8* const from = pages + (size_t)page * page_bytes;
     #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (t * KEY_WORDS < WORDS) key[i].load(keys_at + page + (at + i) * KEY_ROW);
+      if (t * KEY_WORDS < WORDS) key[i].load(from + keys_at + (at + i) * KEY_ROW);
       else key[i].clear();
-    load4(&two_key_scales, key_scales_at + page + at * 2);
+    load4(&two_key_scales, from + scales_at + at * 2);
   };
-  auto fetch_values = [&](size_t page, int tile) {
+  auto fetch_values = [&](int page, int tile) {
     const int at = tile * TILE % PAGE_TOKENS;
+    const u8* const from = pages + (size_t)page * page_bytes;
     #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (g * VALUE_WORDS < WORDS) value[i].load(values_at + page + (at + i) * VALUE_ROW);
+      if (g * VALUE_WORDS < WORDS) value[i].load(from + values_at + (at + i) * VALUE_ROW);
       else value[i].clear();
-    load4(&two_value_scales, value_scales_at + page + at * 2);
+    load4(&two_value_scales, from + scales_at + to_value_scales + at * 2);
   };
 
   int tile = share.first + warp;
-  size_t next_page = 0;
+  int page = 0, next_page = 0;
   if (tile < share.last) {
-    const size_t page = page_of(tile);
+    page = page_of(tile);
     fetch_keys(page, tile);
-    fetch_values(page, tile);
+    if (AHEAD) fetch_values(page, tile);
     if (tile + WARPS < share.last) next_page = page_of(tile + WARPS);
   }
 
@@ -192,7 +194,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     }
     const float key_scale[2] = {from_half((u16)two_key_scales), from_half((u16)(two_key_scales >> 16))};
     const int next = tile + WARPS;
-    if (next < share.last) fetch_keys(next_page, next);
+    if (!AHEAD) fetch_values(page, tile);
+    else if (next < share.last) fetch_keys(next_page, next);
 
     // Scores, in powers of two, with the values' scales
     float value_scale[2] = {from_half((u16)two_value_scales), from_half((u16)(two_value_scales >> 16))};
@@ -256,7 +259,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
       }
     }
     if (next < share.last) {
-      fetch_values(next_page, next);
+      if (AHEAD) fetch_values(next_page, next);
+      else fetch_keys(page = next_page, next);
       if (next + WARPS < share.last) next_page = page_of(next + WARPS);
     }
   }

@@ -25,6 +25,7 @@ class Plan:
     layout: PageLayout
     group: int
     warps: int  # of a block
+    resident: int  # blocks on a multiprocessor
     shares: int  # blocks that a sequence's tokens are cut among
 
     @property
@@ -32,16 +33,11 @@ class Plan:
         return ceil(self.group / 8)
 
     @property
-    def resident(self) -> int:
-        """Blocks on a multiprocessor."""
-        return (16 if self._sums <= 32 else 8) // self.warps
-
-    @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: tables, q and its rotation; then the warps' sums."""
         tables = 16384 + 512 + 4096 + 16
         q = self.heads8 * (8 * self.layout.head_dim * 4 + ceil(self.layout.head_dim / 64) * 4 * 32 * 8)
-        return max(tables + q, self.warps * self._sums * 128)
+        return max(tables + q, self.warps * self.sums * 128)
 
     @property
     def source(self) -> nvrtc.Source:
@@ -61,7 +57,7 @@ class Plan:
         return nvrtc.Source(files, tuple(macros.items()))
 
     @property
-    def _sums(self) -> int:
+    def sums(self) -> int:
         """Registers of a lane that hold them."""
         return self.heads8 * ceil(self.layout.head_dim / 64) * 16
 
@@ -81,7 +77,11 @@ def make_plan(
     dtype: torch.dtype, layout: PageLayout, group: int, sequences: int, most: int, gpu: nvrtc.Launcher
 ) -> Plan:
     """most: tokens that a sequence may have to look at."""
-    plan = Plan(dtype, layout, group, 4 if layout.head_dim > 128 or group > 8 else 8, 1)
+    plan = Plan(dtype, layout, group, 8, 2, 1)
+    if plan.sums > 32:
+        plan = replace(plan, warps=4)
+    elif gpu.arch >= 120:  # whose code needs a few registers more
+        plan = replace(plan, warps=4, resident=3)
     blocks, at_once, tiles = sequences * layout.heads, plan.resident * gpu.multiprocessors, ceil(most / _TILE)
 
     def time(shares: int) -> int:
