@@ -1,11 +1,14 @@
 """Pages of the E8 KV cache: what is written comes back as the codec gives it, and attention to it is softmax's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from glq import GlqError
 from glq.kv.codec import kv_codec
-from glq.kv.pages import PageLayout, attend, gather, write
+from glq.kv.layout import attend_reference, write_reference
+from glq.kv.pages import PageLayout, attend, gather, prepare, write
 
 SCALE = 0.2
 
@@ -77,6 +80,15 @@ def test_gather_rounds_to_the_models_type(dtype):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 47, 100])
+def test_gather_in_parts(tokens, monkeypatch):
+    monkeypatch.setattr("glq.kv.layout._AT_ONCE", 40)
+    layout = PageLayout(3, 64, 4, 3)
+    pages, table, [states] = filled(layout, [100])
+    for x, y in zip(rounded(layout, *states), gather(pages, layout, table[0], tokens, torch.float32), strict=True):
+        assert torch.equal(x[:tokens], y)
+
+
 def test_padding_is_not_written():
     layout = PageLayout(1, 64, 4, 4)
     pages, _, _ = filled(layout, [20])
@@ -141,6 +153,20 @@ def test_what_is_ahead_of_a_window_may_belong_to_others():
     before = attend(q, pages, layout, table, lengths, SCALE, window=18)
     table[0, :2] = -7  # no page at all
     assert torch.equal(attend(q, pages, layout, table, lengths, SCALE, window=18), before)
+
+
+def test_prepare_runs_what_it_finds(monkeypatch):
+    """The reference, in place of a GPU's kernels."""
+    calls = []
+    found = SimpleNamespace(
+        write=lambda *args: calls.append(("write", write_reference(*args))),
+        attend=lambda *args: calls.append(("attend", attend_reference(*args))) or calls[-1][1],
+    )
+    monkeypatch.setattr("glq.kv.pages._kernels", lambda layout, device, dtype: found)
+    prepare.__wrapped__(PageLayout(2, 64, 4, 3), 6, torch.device("cpu"), torch.bfloat16)
+    assert [name for name, _ in calls] == ["write", "attend"]
+    assert calls[1][1].shape == (1, 6, 64)
+    assert (calls[1][1] - 1).abs().max() < 0.3  # the one value
 
 
 def test_the_ops_are_what_torch_library_takes_them_for():

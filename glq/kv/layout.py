@@ -21,6 +21,7 @@ from glq.errors import GlqError
 from glq.kv.codec import KvCodec, check_head_dim, kv_codec
 
 _ALIGNED = 16  # tokens that a page is a multiple of: each of its four parts then starts at a multiple of 16 bytes
+_AT_ONCE = 4096  # tokens that are decoded at once: bounds what that takes beside its result
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,15 @@ def gather_reference(
 ) -> tuple[Tensor, Tensor]:
     """The first tokens of the pages in page_table_row [k], decoded: keys and values [tokens, heads, head_dim]."""
     taken = page_table_row[: -(-tokens // layout.page_tokens)].long()
-    key_words, key_scales, value_words, value_scales = (part[taken].transpose(1, 2) for part in layout.views(pages))
-    return tuple(  # type: ignore[return-value]
-        codec.decode(words.flatten(0, 1)[:tokens], scales.flatten(0, 1)[:tokens], dtype)
-        for codec, words, scales in (
-            (layout.key_codec, key_words, key_scales),
-            (layout.value_codec, value_words, value_scales),
-        )
-    )
+    key_words, key_scales, value_words, value_scales = layout.views(pages)
+
+    def vectors(codec: KvCodec, words: Tensor, scales: Tensor) -> Tensor:
+        some = taken.split(max(_AT_ONCE // layout.page_tokens, 1))
+        parts = [codec.decode(words[few], scales[few], dtype).transpose(1, 2).flatten(0, 1) for few in some]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:tokens]
+
+    keys = vectors(layout.key_codec, key_words, key_scales)
+    return keys, vectors(layout.value_codec, value_words, value_scales)
 
 
 def attend_reference(

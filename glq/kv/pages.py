@@ -4,6 +4,7 @@
 the one place that chooses them.
 """
 
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from glq import nvrtc
 from glq.kv import cuda_pages
 from glq.kv.layout import PageLayout, attend_reference, gather_reference, write_reference
 
-__all__ = ["PageLayout", "attend", "gather", "has_kernels", "write"]
+__all__ = ["PageLayout", "attend", "gather", "has_kernels", "prepare", "write"]
 
 
 class Kernels(Protocol):
@@ -48,6 +49,18 @@ def _kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> Ke
 def has_kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `write` and `attend` never wait for the device, so that a CUDA graph can hold them."""
     return _kernels(layout, device, dtype) is not None
+
+
+@cache
+def prepare(layout: PageLayout, queries: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile and load what `write` and `attend` take with so many query heads: no request waits for that."""
+    if has_kernels(layout, device, dtype):
+        pages = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=device)
+        keys = torch.ones(1, layout.heads, layout.head_dim, dtype=dtype, device=device)
+        q = torch.ones(1, queries, layout.head_dim, dtype=dtype, device=device)
+        write(pages, layout, keys, keys, torch.zeros(1, dtype=torch.int64, device=device))
+        table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        attend(q, pages, layout, table, table[0] + 1, 1.0)
 
 
 def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
