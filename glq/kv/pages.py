@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glq import nvrtc
+from glq.kv import cuda_pages
 from glq.kv.layout import PageLayout, attend_reference, gather_reference, write_reference
 
 __all__ = ["PageLayout", "attend", "gather", "has_kernels", "prepare", "write"]
@@ -39,6 +41,8 @@ class Kernels(Protocol):
 
 def _kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """What is used for such pages and such a model; None: PyTorch."""
+    if cuda_pages.takes(layout, device, dtype):
+        return cuda_pages.CudaKernels(nvrtc.gpu(device))
     return None
 
 
