@@ -92,12 +92,14 @@ def kv_errors(worker: Any) -> dict[str, Any]:
     table = torch.randperm(20, device=device).view(4, 5).int() + 1
     slots = (table[..., None] * 16 + torch.arange(16, device=device)).flatten().long()
     write(pages, layout, keys, values, slots)
-    decoded = gather(pages, layout, table.flatten(), len(keys), torch.float32)
+    decoded = gather(pages, layout, table.flatten(), len(keys), keys.dtype)
     q = torch.randn(4, attention.num_heads, layout.head_dim, device=device, dtype=torch.bfloat16)
     lengths = torch.tensor([1, 17, 64, 80], device=device).int()
     given = (q, pages, layout, table, lengths, attention.scale)
     y, exact = attend(*given).float(), attend_reference(*given).float()
-    errors = [((a - b.float()).norm() / b.float().norm()).item() for a, b in zip(decoded, (keys, values), strict=True)]
+    errors = [
+        ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(decoded, (keys, values), strict=True)
+    ]
     errors.append(((y - exact).norm() / exact.norm()).item())
     return {
         "kernels": has_kernels(layout, torch.device(device), torch.bfloat16),

@@ -7,7 +7,7 @@ import torch
 
 from glq import GlqError
 from glq.kv.codec import kv_codec
-from glq.kv.layout import attend_reference, write_reference
+from glq.kv.layout import attend_reference, gather_reference, write_reference
 from glq.kv.pages import PageLayout, attend, gather, prepare, write
 
 SCALE = 0.2
@@ -161,10 +161,11 @@ def test_prepare_runs_what_it_finds(monkeypatch):
     found = SimpleNamespace(
         write=lambda *args: calls.append(("write", write_reference(*args))),
         attend=lambda *args: calls.append(("attend", attend_reference(*args))) or calls[-1][1],
+        gather=lambda *args: calls.append(("gather", gather_reference(*args))),
     )
-    monkeypatch.setattr("glq.kv.pages._kernels", lambda layout, device, dtype: found)
+    monkeypatch.setattr("glq.kv.pages._kernels", lambda *args: found)
     prepare.__wrapped__(PageLayout(2, 64, 4, 3), 6, torch.device("cpu"), torch.bfloat16)
-    assert [name for name, _ in calls] == ["write", "attend"]
+    assert [name for name, _ in calls] == ["write", "attend", "gather"]
     assert calls[1][1].shape == (1, 6, 64)
     assert (calls[1][1] - 1).abs().max() < 0.3  # the one value
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.kv import cuda_attend, cuda_write
-from glq.kv.layout import PageLayout, gather_reference
+from glq.kv import cuda_attend, cuda_gather, cuda_write
+from glq.kv.layout import PageLayout
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CudaKernels:
     def gather(
         self, pages: Tensor, layout: PageLayout, page_table_row: Tensor, tokens: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        return gather_reference(pages, layout, page_table_row, tokens, dtype)
+        return cuda_gather.gather(pages, layout, page_table_row, tokens, dtype, self.gpu)
 
     def attend(
         self,
@@ -36,12 +36,12 @@ class CudaKernels:
         return cuda_attend.attend(q, pages, layout, page_table, lengths, scale, window, softcap, self.gpu)
 
 
-def takes(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are for these, whatever the number of queries."""
+def takes(layout: PageLayout, device: torch.device, dtype: torch.dtype, queries: int) -> bool:
+    """Whether the kernels are for these, with so many query heads."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
         and nvrtc.available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and not cuda_attend.refusal(layout, layout.heads, dtype)
+        and not cuda_attend.refusal(layout, queries, dtype)
     )

@@ -39,28 +39,29 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-def _kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """What is used for such pages and such a model; None: PyTorch."""
-    if cuda_pages.takes(layout, device, dtype):
+def _kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype, queries: int = 0) -> Kernels | None:
+    """What is used for such pages and such a model, with so many query heads where they are read; None: PyTorch."""
+    if cuda_pages.takes(layout, device, dtype, queries or layout.heads):
         return cuda_pages.CudaKernels(nvrtc.gpu(device))
     return None
 
 
-def has_kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> bool:
+def has_kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype, queries: int = 0) -> bool:
     """Whether `write` and `attend` never wait for the device, so that a CUDA graph can hold them."""
-    return _kernels(layout, device, dtype) is not None
+    return _kernels(layout, device, dtype, queries) is not None
 
 
 @cache
 def prepare(layout: PageLayout, queries: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Compile and load what `write` and `attend` take with so many query heads: no request waits for that."""
-    if has_kernels(layout, device, dtype):
+    """Compile and load what all three take with so many query heads: no request waits for that."""
+    if has_kernels(layout, device, dtype, queries):
         pages = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=device)
         keys = torch.ones(1, layout.heads, layout.head_dim, dtype=dtype, device=device)
         q = torch.ones(1, queries, layout.head_dim, dtype=dtype, device=device)
         write(pages, layout, keys, keys, torch.zeros(1, dtype=torch.int64, device=device))
         table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         attend(q, pages, layout, table, table[0] + 1, 1.0)
+        gather(pages, layout, table[0], 1, dtype)
 
 
 def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -139,7 +140,7 @@ def _attend(
     page_tokens: int,
 ) -> Tensor:
     layout = PageLayout(heads, head_dim, key_bits, value_bits, page_tokens)
-    kernels = _kernels(layout, q.device, q.dtype)
+    kernels = _kernels(layout, q.device, q.dtype, q.shape[1])
     return (kernels.attend if kernels else attend_reference)(
         q, pages, layout, page_table, lengths, scale, window, softcap
     )

@@ -47,8 +47,9 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
         """Of steps in which every sequence decodes, where kernels do it."""
-        device = torch.device(vllm_config.device_config.device_type)
-        if has_kernels(_layout(vllm_config, kv_cache_spec), device, vllm_config.model_config.dtype):
+        device, model = torch.device(vllm_config.device_config.device_type), vllm_config.model_config
+        queries = model.get_num_attention_heads(vllm_config.parallel_config)
+        if has_kernels(_layout(vllm_config, kv_cache_spec), device, model.dtype, queries):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
