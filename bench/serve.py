@@ -85,7 +85,7 @@ def kv_errors(worker: Any) -> dict[str, Any]:
     from glq.kv.layout import attend_reference
     from glq.kv.pages import attend, gather, has_kernels, write
 
-    attention = next(m.impl for m in worker.get_model().modules() if hasattr(m, "impl"))
+    attention = next(m.impl for m in worker.get_model().modules() if hasattr(getattr(m, "impl", None), "layout"))
     layout, device = attention.layout(16), worker.device
     keys, values = torch.randn(2, 4 * 80, layout.heads, layout.head_dim, device=device, dtype=torch.bfloat16)
     pages = torch.zeros(21, layout.nbytes, dtype=torch.uint8, device=device)

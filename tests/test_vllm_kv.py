@@ -161,6 +161,48 @@ def assert_real(folder, vllm, cache, **options):  # noqa: F811
     assert behind.median() == 0
 
 
+def test_vllm_finds_the_class_by_its_name():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from glq.vllm_integration.kv_backend import backend
+
+    for bits in ((4, 4), (3, 2)):
+        assert resolve_obj_by_qualname(".".join(backend(*bits).full_cls_name())) is backend(*bits)
+    with pytest.raises(AttributeError):
+        resolve_obj_by_qualname("glq.vllm_integration.kv_backend.GlqKvBackendOfAnother")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({}, None),
+        ({"has_sliding_window": True}, None),
+        ({"has_sink": True}, "attention sinks"),
+        ({"use_mla": True}, "MLA"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"head_size": 60}, "head_size"),
+        ({"device": (7, 5)}, "compute capability"),
+    ],
+    ids=str,
+)
+def test_what_vllm_asks_on_a_gpu(changes, match):
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from glq.vllm_integration.kv_backend import backend
+
+    capability = DeviceCapability(*changes.pop("device", (9, 0)))
+    asked = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None} | changes
+    config = AttentionSelectorConfig(**asked)._asdict()
+    if match is None:
+        assert backend(4, 4).validate_configuration(device_capability=capability, **config) == []
+        return
+    with pytest.raises(GlqError, match=match) as info:
+        backend(4, 4).validate_configuration(device_capability=capability, **config)
+    assert "\n" not in str(info.value)
+
+
 def config(given, backend="CUSTOM", **changes):
     """What of a VllmConfig is read."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -71,7 +71,7 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """query [tokens, heads, head_size], key and value [tokens, kv heads, head_size] → output, like query."""
-        if attn_metadata is None:  # vLLM measures memory: the most that `_kept` takes is part of it
+        if attn_metadata is None:  # vLLM measures memory: the most that `_kept` gives is part of it
             torch.empty(2, self.longest, self.num_kv_heads, self.head_size, dtype=query.dtype, device=query.device)
             return output.fill_(0)
         step, layout = attn_metadata, self.layout(kv_cache.shape[2])
@@ -91,13 +91,16 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
     def _kept(
         self, pages: Tensor, layout: PageLayout, page_table_row: Tensor, prompts: Prompts, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the prompts' tokens attend to: new keys and values, behind those of earlier tokens in the window."""
+        """What the prompts' tokens attend to: new keys and values, behind those of earlier tokens in the window.
+
+        The new ones are in pages, too, and are decoded with the others: their place is then at hand.
+        """
         if not prompts.earlier and not self.options.repeatable:
             return keys, values
         unseen = max(prompts.earlier - self.window + 1, 0) if self.window else 0  # by the first new token
         page = unseen // layout.page_tokens  # pages ahead of it may be others' by now
         tokens = prompts.earlier - page * layout.page_tokens
-        if self.options.repeatable:
-            return gather(pages, layout, page_table_row[page:], tokens + len(keys), keys.dtype)
-        old = gather(pages, layout, page_table_row[page:], tokens, keys.dtype)
-        return torch.cat([old[0], keys]), torch.cat([old[1], values])
+        kept = gather(pages, layout, page_table_row[page:], tokens + len(keys), keys.dtype)
+        if not self.options.repeatable:
+            kept[0][tokens:], kept[1][tokens:] = keys, values
+        return kept

@@ -71,7 +71,7 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
         """Sequences first … end - 1: those without earlier tokens together as far as they follow each other."""
         places = batch.query_start_loc_cpu.tolist()
         lengths = batch.seq_lens_cpu_upper_bound.tolist()  # exact for prompts
-        earlier = [lengths[i] - (places[i + 1] - places[i]) for i in range(first, end)]
+        earlier = [max(lengths[i] - (places[i + 1] - places[i]), 0) for i in range(first, end)]  # vLLM warms up, too
         prompts, i = [], first
         while i < end:
             j = i + 1
