@@ -208,7 +208,12 @@ def config(given, backend="CUSTOM", **changes):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     settings = {"cache_dtype": "auto", "kv_cache_dtype_skip_layers": [], "use_mla": False, "speculative_config": None}
-    settings |= {"kv_transfer_config": None, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    settings |= {
+        "kv_transfer_config": None,
+        "dtype": torch.float32,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+    }
     all_of_them = SimpleNamespace(**settings | {"max_model_len": 256} | changes, additional_config=given)
     all_of_them.attention_config = SimpleNamespace(backend=backend and AttentionBackendEnum[backend])
     all_of_them.compilation_config = SimpleNamespace(static_forward_context={})
@@ -291,17 +296,21 @@ def attention(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("repeatable", [False, True])
+@pytest.mark.parametrize("repeatable", [False, True, "shared"])
 @pytest.mark.parametrize(
     "options", [{}, {"sliding_window": 20}, {"logits_soft_cap": 2.0}, {"sliding_window": 9, "logits_soft_cap": 2.0}]
 )
 def test_decodes_and_prompts_in_one_step(repeatable, options, attention):
-    """Two decodes, three new prompts, and one with 40 earlier tokens between them; two rows of padding at the end."""
+    """Two decodes, three new prompts, and one with 40 earlier tokens between them; two rows of padding at the end.
+
+    "shared": the layer reads pages that another has written, and has no keys and values.
+    """
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from glq.vllm_integration.kv_metadata import KvMetadataBuilder
 
-    given = {"glq_kv_bits": 4, "glq_kv_repeatable": repeatable}
+    given = {"glq_kv_bits": 4, "glq_kv_repeatable": repeatable is True}
+    options = options | ({"kv_sharing_target_layer_name": "other"} if repeatable == "shared" else {})
     layer, earlier, new = attention(given, **options), [29, 6, 0, 0, 40, 0], [1, 1, 5, 9, 12, 3]
     lengths = [a + b for a, b in zip(earlier, new, strict=True)]
     table = 1 + torch.randperm(6 * 4).view(6, 4).int()
@@ -316,13 +325,16 @@ def test_decodes_and_prompts_in_one_step(repeatable, options, attention):
     layer.do_kv_cache_update(None, *padded, kv_cache, places)
 
     starts = torch.tensor([0, *new]).cumsum(0).int()
-    builder = KvMetadataBuilder(None, [], config(given), torch.device("cpu"))
+    used, spec = config(given), SimpleNamespace(num_kv_heads=2, head_size=64, block_size=16)
+    used.compilation_config.static_forward_context["layer"] = SimpleNamespace(impl=layer, num_heads=4)
+    builder = KvMetadataBuilder(spec, ["layer"], used, torch.device("cpu"))
     after = torch.tensor(lengths).int()
     batch = CommonAttentionMetadata(starts, starts, after, len(new), sum(new), max(new), max(lengths), table, places)
     step = builder.build(0, batch.replace(seq_lens_cpu_upper_bound=after))
     assert step.decodes == 2
     q = torch.randn(sum(new) + 2, 4, 64)
-    out = layer.forward(None, q, *padded, kv_cache, step, torch.full_like(q, torch.nan))
+    own = (None, None) if repeatable == "shared" else padded
+    out = layer.forward(None, q, *own, kv_cache, step, torch.full_like(q, torch.nan))
     for i, (start, end) in enumerate(pairwise(starts.tolist())):
         seen = [kv_codec(4).decode(*kv_codec(4).encode(x)) for x in states[i]]
         if new[i] > 1 and not repeatable:

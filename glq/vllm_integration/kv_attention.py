@@ -39,6 +39,8 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
             raise GlqError(f"the E8 KV cache does not go with {', '.join(found)}, which this model has")
         config = get_current_vllm_config()
         self.options = KvOptions.of(config)
+        # A layer that reads another's pages may have no keys and values of its own
+        self.as_pages_hold = self.options.repeatable or kv_sharing_target_layer_name is not None
         self.longest = config.model_config.max_model_len
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
@@ -71,7 +73,7 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """query [tokens, heads, head_size], key and value [tokens, kv heads, head_size] → output, like query."""
-        if attn_metadata is None:  # vLLM measures memory: the most that `_kept` gives is part of it
+        if attn_metadata is None:  # vLLM measures memory: the most that `_decoded` gives is part of it
             torch.empty(2, self.longest, self.num_kv_heads, self.head_size, dtype=query.dtype, device=query.device)
             return output.fill_(0)
         step, layout = attn_metadata, self.layout(kv_cache.shape[2])
@@ -82,25 +84,23 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
             )
         for prompts in step.prompts:
             part = prompts.tokens
-            keys, values = self._kept(pages, layout, step.page_table[prompts.row], prompts, key[part], value[part])
+            if prompts.earlier or self.as_pages_hold:
+                keys, values = self._decoded(pages, layout, step.page_table[prompts.row], prompts, query.dtype)
+                if not self.as_pages_hold:
+                    new = part.stop - part.start
+                    keys[-new:], values[-new:] = key[part], value[part]
+            else:
+                keys, values = key[part], value[part]
             output[part] = prompt_attention(
                 query[part], keys, values, prompts.starts, prompts.longest, self.scale, self.window, self.softcap
             )
         return output
 
-    def _kept(
-        self, pages: Tensor, layout: PageLayout, page_table_row: Tensor, prompts: Prompts, keys: Tensor, values: Tensor
+    def _decoded(
+        self, pages: Tensor, layout: PageLayout, page_table_row: Tensor, prompts: Prompts, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """What the prompts' tokens attend to: new keys and values, behind those of earlier tokens in the window.
-
-        The new ones are in pages, too, and are decoded with the others: their place is then at hand.
-        """
-        if not prompts.earlier and not self.options.repeatable:
-            return keys, values
+        """Keys and values of the earlier tokens that are in the window of any new one, and of the new ones."""
         unseen = max(prompts.earlier - self.window + 1, 0) if self.window else 0  # by the first new token
         page = unseen // layout.page_tokens  # pages ahead of it may be others' by now
-        tokens = prompts.earlier - page * layout.page_tokens
-        kept = gather(pages, layout, page_table_row[page:], tokens + len(keys), keys.dtype)
-        if not self.options.repeatable:
-            kept[0][tokens:], kept[1][tokens:] = keys, values
-        return kept
+        tokens = prompts.earlier + prompts.longest - page * layout.page_tokens
+        return gather(pages, layout, page_table_row[page:], tokens, dtype)

@@ -39,9 +39,10 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        self.repeatable = KvOptions.of(vllm_config).repeatable
-        layers = vllm_config.compilation_config.static_forward_context
-        for queries in {layers[name].num_heads for name in layer_names}:
+        context = vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in layer_names]
+        self.one_by_one = KvOptions.of(vllm_config).repeatable or any(layer.impl.as_pages_hold for layer in layers)
+        for queries in {layer.num_heads for layer in layers}:
             prepare(_layout(vllm_config, kv_cache_spec), queries, device, vllm_config.model_config.dtype)
 
     @classmethod
@@ -75,7 +76,7 @@ class KvMetadataBuilder(AttentionMetadataBuilder[KvMetadata]):
         prompts, i = [], first
         while i < end:
             j = i + 1
-            if not self.repeatable and not earlier[i - first]:
+            if not self.one_by_one and not earlier[i - first]:
                 while j < end and not earlier[j - first]:
                     j += 1
             starts = batch.query_start_loc[i : j + 1]
