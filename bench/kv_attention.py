@@ -198,6 +198,7 @@ def main() -> None:
                 us, write_us = time_attend(layout, sequences, tokens, gpu)
                 floor = sequences * tokens / PAGE * layout.nbytes / rate
                 rows.append(Row(bits, sequences, tokens, us, floor, times[bf16], bf16, write_us))
+                print(rows[-1], flush=True)
                 torch.cuda.empty_cache()
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(rows, rate)
