@@ -134,6 +134,8 @@ def test_a_checkpoint_of_glq(llama, text_file, vllm, tmp_path):  # noqa: F811
     apart, behind = differences(answer, model, prompts, make)
     assert apart.max() < 1e-4
     assert behind.max() < 1e-4
+    page = 16 * 2 * (128 // 8 * (4 + 3) + 4)  # 16 tokens of two heads; two layers have 1 GiB
+    assert answer["kv_tokens"] == pytest.approx(2**30 / 2 / page * 16, rel=0.001)
 
 
 @pytest.mark.slow
