@@ -1,6 +1,7 @@
 """The kernel that reads a paged E8 KV cache: on a CPU that plays the GPU, as cubins, and on a GPU if there is one."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from emulator import Emulator
 from test_kv_kernels import ARCHITECTURES, LARGEST_SHARED, PLANS, cache, emulated, on_gpu
 
 from glq import GlqError, nvrtc
-from glq.kv import cuda_gather
+from glq.kv import cuda_gather, cuda_pages
 from glq.kv.cuda_attend import HEAD_DIMS
 from glq.kv.cuda_tables import device_tables
 from glq.kv.layout import PageLayout, gather_reference
@@ -41,6 +42,35 @@ def check_gather(layout, tokens, dtype, gpu, device="cpu"):
 )
 def test_vectors_are_the_references(head_dim, bits, page_tokens, tokens, dtype):
     check_gather(PageLayout(2, head_dim, *bits, page_tokens), tokens, dtype, Emulator(1))
+
+
+@emulated
+@pytest.mark.parametrize(("head_dim", "bits", "dtype"), [(128, (4, 4), torch.bfloat16), (64, (3, 2), torch.float16)])
+def test_kernels_are_tried_out(head_dim, bits, dtype, monkeypatch):
+    given = (PageLayout(2, head_dim, *bits), torch.device("cpu"), dtype, 6)
+    kernels = cuda_pages.CudaKernels(Emulator(1))
+    cuda_pages.try_out(kernels, *given)
+    right = {"write": kernels.write, "gather": kernels.gather, "attend": kernels.attend}
+    wrong = {
+        "write": lambda pages, layout, keys, values, slots: right["write"](pages, layout, keys, -values, slots),
+        "gather": lambda *args: [x.roll(1, 0) for x in right["gather"](*args)],
+        "attend": lambda *args: right["attend"](*args) * 1.1,
+    }
+    for name, function in wrong.items():
+        with pytest.raises(GlqError):
+            cuda_pages.try_out(SimpleNamespace(**right | {name: function}), *given)
+
+
+def test_a_gpu_whose_kernels_are_wrong_is_said_once(monkeypatch):
+    def fails(*args):
+        raise GlqError("other codes are written than by PyTorch")
+
+    monkeypatch.setattr(cuda_pages.nvrtc, "gpu", lambda device: Emulator(1))
+    monkeypatch.setattr(cuda_pages, "try_out", fails)
+    given = (PageLayout(3, 64, 4, 4, 48), torch.device("cpu"), torch.float16, 3)
+    with pytest.warns(UserWarning, match="cannot be used, PyTorch is: other codes"):
+        assert not cuda_pages.works(*given)
+    assert not cuda_pages.works(*given)
 
 
 def test_nothing_to_read():

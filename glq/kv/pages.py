@@ -41,7 +41,7 @@ class Kernels(Protocol):
 
 def _kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype, queries: int = 0) -> Kernels | None:
     """What is used for such pages and such a model, with so many query heads where they are read; None: PyTorch."""
-    if cuda_pages.takes(layout, device, dtype, queries or layout.heads):
+    if cuda_pages.takes(layout, device, dtype, queries) and cuda_pages.works(layout, device, dtype, queries):
         return cuda_pages.CudaKernels(nvrtc.gpu(device))
     return None
 
