@@ -1,11 +1,13 @@
 """Whether a model still finds a number in a long text when its KV cache has few bits.
 
-    python bench/passkey.py MODEL [--lengths 1024 2048] [--places 4] [--bits 16 4 3 2] [--plain] [--text eval.txt]
+    python bench/passkey.py MODEL [--lengths 1024 2048] [--places 4] [--bits 16 4 3 2] [--plain | --served]
+        [--text eval.txt]
 
 A text of so many tokens has "The pass key is 12345." in it, at several places, and ends with "The pass key is". One
 forward pass over text and answer, in which attention sees decoded keys and values only: found, if each token of the
 number is the likeliest one. log_prob: of the whole number, the mean over places. --plain: without a centre, as pages in
-vLLM. The numbers are the same for all caches; what the 16-bit cache does not find says nothing about the others.
+vLLM with glq_kv_repeatable. --served: as vLLM without it, so that tokens of the text see each other in 16 bits, and
+only the number's read codes. What the 16-bit cache does not find says nothing about the others.
 """
 
 import argparse
@@ -49,9 +51,21 @@ def prompts(tokenizer, content: str, length: int, places: int) -> list[tuple[Ten
     return found
 
 
+class Served(GlqCache):
+    """Tokens that come together see each other as they are."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        both, new = super().update(key_states, value_states, *args, **kwargs), key_states.shape[-2]
+        if new > 1:
+            both[0][..., -new:, :], both[1][..., -new:, :] = key_states, value_states
+        return both
+
+
 def answer(model: PreTrainedModel, prompt: Tensor, number: Tensor, cache: Cache) -> tuple[bool, float]:
-    ids = torch.cat([prompt, number])[None].to(model.device)
-    hidden = model.base_model(ids, past_key_values=cache).last_hidden_state[0, len(prompt) - 1 : -1]
+    ids = torch.cat([prompt, number])[None, :-1].to(model.device)
+    parts = [ids] if not isinstance(cache, Served) else [ids[:, : len(prompt)], *ids[:, len(prompt) :].split(1, 1)]
+    states = [model.base_model(part, past_key_values=cache).last_hidden_state for part in parts]
+    hidden = torch.cat(states, 1)[0, len(prompt) - 1 :]
     log_p, number = log_probabilities(model, hidden), number.to(model.device)
     return bool((log_p.argmax(-1) == number).all()), log_p.gather(1, number[:, None]).sum().item()
 
@@ -65,6 +79,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=4)
     parser.add_argument("--bits", type=int, nargs="*", default=[16, 4, 3, 2])
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--served", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -75,8 +90,11 @@ def main() -> None:
         for bits in args.bits:
             results = []
             for prompt, number in asked:
-                own = DynamicCache(config=model.config)
-                cache = own if bits == 16 else GlqCache(bits, config=model.config, centre=not args.plain)
+                if bits == 16:
+                    cache = DynamicCache(config=model.config)
+                else:
+                    kind, plain = (Served, True) if args.served else (GlqCache, args.plain)
+                    cache = kind(bits, config=model.config, centre=not plain)
                 results.append(answer(model, prompt, number, cache))
             found, log_p = sum(ok for ok, _ in results), sum(p for _, p in results) / len(results)
             rows.append({"tokens": length, "bits": bits, "found": found, "of": len(results), "log_prob": log_p})
