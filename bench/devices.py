@@ -124,7 +124,7 @@ def measure(what: str, groups: list[Any], devices: Sequence[Any], codec: str) ->
 
 def main() -> None:
     here = Path(__file__).resolve().parent
-    from serve import SHAPES
+    from served import SHAPES
 
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != here]  # transformers would import kernels.py from there
     import torch

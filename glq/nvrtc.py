@@ -120,7 +120,8 @@ class Gpu:
         self.multiprocessors: int = properties.multi_processor_count
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
-        self._kernels: dict[tuple[Source, str, int], Any] = {}
+        self._kernels: dict[tuple[Source, str], Any] = {}
+        self._shared: dict[tuple[Source, str], int] = {}  # bytes that a kernel may take for a block
         self.arenas = Arenas(device)
 
     def launch(
@@ -137,34 +138,41 @@ class Gpu:
         from cuda.core import LaunchConfig, Stream
         from cuda.core import launch as run
 
-        key = (source, name, shared)
-        if key not in self._kernels:
-            self._kernels[key] = self._load(*key)
+        kernel = self._kernel(source, name, shared)
         with torch.cuda.device(self._device):
             stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
             config = LaunchConfig(
                 grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=self.arch >= 90
             )
             values = [a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in arguments]
-            run(stream, config, self._kernels[key], *values)
+            run(stream, config, kernel, *values)
 
     def exchange(self, count: int) -> Tensor:
         """As Launcher.exchange."""
         return self.arenas.get(count)
 
-    def _load(self, source: Source, name: str, shared: int) -> Any:
+    def _kernel(self, source: Source, name: str, shared: int) -> Any:
+        """Loaded once; how much shared memory it may take is raised where a launch needs more."""
         from cuda.bindings import driver
+
+        key, index = (source, name), self._device.index or 0
+        if key not in self._kernels:
+            self._kernels[key], self._shared[key] = self._load(source, name), 0
+        if shared > self._shared[key]:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, self._kernels[key].handle, index)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
+            self._shared[key] = shared
+        return self._kernels[key]
+
+    def _load(self, source: Source, name: str) -> Any:
         from cuda.core import Device, ObjectCode
 
         index = self._device.index or 0
         torch.cuda.current_stream(index)  # torch's context is the one
         Device(index).set_current()
-        loaded = ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}{'a' * source.of_one_arch}")).get_kernel(name)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, shared, loaded.handle, index)
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
-        return loaded
+        return ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}{'a' * source.of_one_arch}")).get_kernel(name)
 
 
 def gpu(device: torch.device) -> Gpu:

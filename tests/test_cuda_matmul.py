@@ -277,7 +277,7 @@ def test_unrotate_fits_every_architecture(arch):
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
 @pytest.mark.parametrize("few", [0, 256])
 def test_rotation(block, layout, few, monkeypatch):
-    monkeypatch.setattr(cuda_rotate, "_FEW", few)
+    monkeypatch.setattr(cuda_rotate, "FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
     tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1))[:, :11].float()

@@ -73,6 +73,11 @@ def unrotates(block: int) -> bool:
     return odd_part(block) == 1 and 64 <= block <= 2048
 
 
+def own_basis_tokens(out_features: int) -> int:
+    """From how many tokens on W is made in the model's basis, at a cost by rows; a rotation of x costs by tokens."""
+    return -(-out_features // _ROW_SHARE)
+
+
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, block: int, gpu: nvrtc.Launcher) -> UnrotatePlan:
     """Two buffers and many copies of the table where there is room: on Hopper; one and four on consumer GPUs."""
     choices = [(64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
@@ -111,9 +116,7 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
     rows = weight.out_features
-    own_basis = (
-        unrotates(weight.block) and _ROW_SHARE * len(x) >= rows
-    )  # what it costs goes by rows, a rotation of x by tokens
+    own_basis = unrotates(weight.block) and len(x) >= own_basis_tokens(rows)
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)

@@ -8,7 +8,7 @@ from glq.ops.inputs import PLAIN, Input, plain
 from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
-_FEW = 256  # tokens
+FEW = 256  # tokens
 _RESIDENT = 8  # blocks of threads on a multiprocessor for more
 
 
@@ -31,7 +31,7 @@ def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout:
     source = nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/input.cuh", "ops/rotate.cu"), tuple(macros.items()))
     blocks = in_features // block
     assert x.kind == PLAIN or makes(block, tokens)
-    if by_warps(block) and tokens <= _FEW:
+    if by_warps(block) and tokens <= FEW:
         gpu.launch(
             source,
             "rotate_chunks",
@@ -61,7 +61,7 @@ def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout:
 
 def makes(block: int, tokens: int) -> bool:
     """Whether a rotation makes an x that is not plain, too."""
-    return by_warps(block) and tokens <= _FEW
+    return by_warps(block) and tokens <= FEW
 
 
 def by_warps(block: int) -> bool:

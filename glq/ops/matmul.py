@@ -14,7 +14,7 @@ from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
 from glq.ops.cuda_rotate import makes
 from glq.ops.inputs import PLAIN, Input, plain
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
@@ -138,3 +138,10 @@ def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
         return cuda_dequantize.matmul(x.first, weight, gpu)
     batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
     return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prefill.matmul(x, weight, gpu)
+
+
+def kernel_tokens(out_features: int) -> list[int]:
+    """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
+    many = cuda_dequantize.own_basis_tokens(out_features)
+    few = {*range(1, 9), *range(9, _DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
+    return sorted(few | {_DECODED + 1, 129, cuda_rotate.FEW + 1, _MANY, max(_MANY, many)})

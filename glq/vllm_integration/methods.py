@@ -14,6 +14,7 @@ from glq import nvrtc
 from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.ops.embedding import embedding
+from glq.ops.prepare import prepare
 from glq.vllm_integration.parts import Loader, Part, Rank, codes_of, cut, dequantize, multiply, runs, vocabulary_part
 
 
@@ -112,7 +113,8 @@ def _create(layer: Any, name: str, parts: tuple[Part, ...], dtype: torch.dtype) 
         "scale": torch.empty(sum(part.rows for part in parts), dtype=torch.float16),
         "signs": torch.zeros(len(parts), -(-parts[0].columns // 8), dtype=torch.uint8),
     }
-    dummy = get_current_vllm_config().load_config.load_format == "dummy"
+    config = get_current_vllm_config()
+    dummy = config.load_config.load_format == "dummy"
     if dummy:
         tensors["codes"].random_()
     for key, tensor in tensors.items():
@@ -120,6 +122,7 @@ def _create(layer: Any, name: str, parts: tuple[Part, ...], dtype: torch.dtype) 
         param.weight_loader, param.glq_missing = Loader(key, parts), set() if dummy else set(range(len(parts)))
         layer.register_parameter(key, param)
     layer.glq_name, layer.glq_parts, layer.glq_dtype = name, parts, dtype
+    layer.glq_tokens = config.scheduler_config.max_num_batched_tokens
 
 
 def _finish(layer: Any, packed: str) -> bool:
@@ -139,6 +142,9 @@ def _finish(layer: Any, packed: str) -> bool:
     layer.glq_runs = runs(layer.glq_parts, layer.signs)
     if layer.codes.is_cuda and nvrtc.available():
         nvrtc.gpu(layer.codes.device).arenas.graphs_in_turn = True  # of which vLLM captures a thousand
+        for run in layer.glq_runs:
+            rows, columns = run.end_row - run.first_row, layer.glq_parts[0].columns
+            prepare(layer.codes.device, layer.glq_dtype, run.codec, rows, columns, run.block, layer.glq_tokens)
     setattr(layer, packed, layer.codes)
     del layer.codes
     return False

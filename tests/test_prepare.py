@@ -1,0 +1,65 @@
+"""Kernels that are compiled ahead: all that may be needed."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from glq.ops.inputs import norm_of, plain, silu_of
+from glq.ops.matmul import cuda_product, makes_input
+from glq.ops.prepare import prepare, run_all
+from glq.packed import PackedLinear, packed_shapes
+from glq.rotation import block_width
+
+
+class Recorder:
+    """An nvrtc.Launcher that only notes what it would load."""
+
+    multiprocessors = 132
+
+    def __init__(self, arch, kilobytes):
+        self.arch, self.shared_memory, self.loaded = arch, kilobytes * 1024, set()
+
+    def exchange(self, count):
+        return torch.empty(1)
+
+    def launch(self, source, name, grid, block, shared, *arguments):
+        self.loaded.add((source, name))
+
+
+def weight(codec, rows, cols):
+    codes = torch.empty(packed_shapes(codec, rows, cols)["codes"], dtype=torch.uint8, device="meta")
+    scale = torch.empty(rows, dtype=torch.float16, device="meta")
+    signs = torch.empty(math.ceil(cols / 8), dtype=torch.uint8, device="meta")
+    return PackedLinear(codec, rows, cols, block_width(cols), codes, scale, signs)
+
+
+@pytest.mark.parametrize(("arch", "kilobytes"), [(90, 228), (80, 164), (89, 100), (120, 100)])
+@pytest.mark.parametrize("codec", ["trellis-2", "trellis-3", "trellis-4"])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(6144, 4096), (28672, 4096), (4096, 14336), (3072, 4096), (4096, 7168), (576, 1536), (960, 576)]
+)
+def test_no_number_of_tokens_needs_another_kernel(codec, rows, cols, arch, kilobytes, monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: out)
+    gpu, w = Recorder(arch, kilobytes), weight(codec, rows, cols)
+    run_all(w, torch.bfloat16, 8192, gpu)
+    ahead = set(gpu.loaded)
+    for tokens in {
+        *range(1, 140),
+        *random.Random(0).sample(range(140, 8192), 100),
+        511,
+        512,
+        513,
+        rows // 5,
+        rows // 5 + 1,
+    }:
+        x = torch.empty(tokens, cols, dtype=torch.bfloat16, device="meta")
+        made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if makes_input(tokens, w.block, gpu) else []
+        for one in (plain(x), *made):
+            cuda_product(one, w, gpu)
+            assert gpu.loaded <= ahead, tokens
+
+
+def test_nothing_to_do_on_a_cpu():
+    assert prepare(torch.device("cpu"), torch.float32, "trellis-4", 64, 64, 64, 8) is None
