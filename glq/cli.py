@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -133,6 +134,13 @@ def quantize(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        if result.left:
+            reasons = Counter(result.left.values())
+            _say(
+                f"{len(result.left)} linear layers stay in their own precision: "
+                + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+                + ". quantization.json names them"
+            )
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(

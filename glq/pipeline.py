@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from glq import __version__
-from glq.calibration import (
-    Call,
-    Group,
-    capture,
-    final_states,
-    microbatches,
-    read_text,
-    run_block,
-    walk,
-    windows,
-)
+from glq.calibration import Group, microbatches, read_text, walk, windows
 from glq.checkpoint import CheckpointWriter
 from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
 from glq.codecs.packing import TILE_COLS
 from glq.config import GlqConfig
+from glq.discovery import Call, capture, copied, final_states, look_ahead, run_block
 from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.files import INDEX
@@ -113,6 +104,7 @@ class Result:
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
+    left: dict[str, str] = field(default_factory=dict)  # linear layers that stay as they are, and why
 
 
 def round_model(
@@ -152,6 +144,9 @@ def round_model(
         }
         writer.add_json("config.json", raw)
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        left = source.unquantized(stored)
+        if left:
+            record["left"] = left
         if rounder.tokens:
             record["expert_tokens"] = rounder.tokens
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
@@ -159,7 +154,7 @@ def round_model(
             writer.add_json("glq_plan.json", plan)
         writer.commit()
     unreached = _unreached(rounder.tokens, source)
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, unreached=unreached)
+    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, unreached=unreached, left=left)
 
 
 def _unreached(tokens: dict[str, list[int]], source: SourceModel) -> dict[str, int]:
@@ -252,6 +247,7 @@ def _round(
     """Take the calibration tokens through the model, block by block, and round its layers on the way."""
     batches = microbatches(tokens, device)
     reference, calls = capture(source, batches, device, torch.float32)
+    source.left |= look_ahead(source, reference[0], calls[0], device)
     quantized = list(reference)
     if settings.embeddings is not None:
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
@@ -293,6 +289,7 @@ def _round_embeddings(
     width = layers[name].in_features
     hessian = torch.eye(width, device=device)
     if source.tied:
+        calls = [copied(of_blocks) for of_blocks in calls]
         for i, block in enumerate(source.blocks):
             loaded = source.load(block, device, torch.float32)
             for k, x in enumerate(hidden):

@@ -1,11 +1,12 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,7 +20,15 @@ from transformers import (
 )
 
 from glq.errors import GlqError
-from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
+from glq.experts import (
+    DenseExperts,
+    ExpertLinear,
+    is_experts,
+    quantizable,
+    refuse_other_experts,
+    refuse_unknown,
+    why_not,
+)
 from glq.files import read_index
 from glq.naming import Naming, Origin
 
@@ -51,6 +60,8 @@ class SourceModel:
         self.blocks = _find_blocks(self.model, self.config.model_type)
         for block in self.blocks:
             refuse_other_experts(block, self.module(block))
+        self.left: dict[str, str] = {}  # layers of blocks that were found to have to stay as they are, and why
+        self.block_output: Callable[[Tensor], Any] = lambda x: x  # what a block returns for its hidden states
         self.replaced: dict[str, Tensor] = {}  # tensors that `read` returns instead of those in the files
         self._check_complete()
 
@@ -87,11 +98,21 @@ class SourceModel:
         """Whether embeddings and lm_head are one matrix."""
         return self.stored_name(f"{self.head}.weight") == self.stored_name(f"{self.embeddings}.weight")
 
-    @cached_property
+    @property
     def layers(self) -> dict[str, int]:
         """The layers of the decoder blocks that can be quantized, by name; how many inputs each has."""
-        modules = ((f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b)))
-        return {name: module.in_features for n, module in modules for name in self.entries(n, module)}
+        modules = [(f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b))]
+        return {e: module.in_features for n, module in modules if n not in self.left for e in self.entries(n, module)}
+
+    def unquantized(self, stored: Collection[str]) -> dict[str, str]:
+        """The linear layers that are not among those stored, and why; by the names of their modules."""
+        reasons = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and self.entries(name, module)[0] not in stored:
+                block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
+                other = "is outside of the decoder blocks" if block is None else why_not(module) or "routes to experts"
+                reasons[name] = self.left.get(name, other)
+        return reasons
 
     def entries(self, name: str, module: nn.Module) -> tuple[str, ...]:
         """The names that a layer's matrices have in files, without the ending; with * for the number of an expert."""
@@ -197,7 +218,7 @@ class SourceModel:
                         raise GlqError(
                             f"{self.path} lacks some of the {split.count} experts of {name}: it is incomplete"
                         )
-                    product.entries = self._naming.expert_entries(own, origin, split.count)
+                    product.entries = self._naming.expert_entries(own, origin, split.count, split.concatenated)
                     if not product.entries:
                         raise GlqError(f"{own}: transformers makes it of {origin.names[0]}, which glq does not know")
                     self._parameters[f"{own}.weight"] = own
@@ -256,8 +277,9 @@ def _read_config(path: Path) -> PretrainedConfig:
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
     """The decoder blocks: the elements of the module list with the most weights in linear layers, experts included."""
     best, size, length = "", 0, 0
+    text = _text_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and name.startswith(text):
             layers = (m for m in module.modules() if isinstance(m, nn.Linear | ExpertLinear))
             count = sum(layer.weight.numel() for layer in layers)
             if count > size and not (best and name.startswith(best + ".")):
@@ -267,6 +289,17 @@ def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
             f"no decoder blocks with linear layers were found in a {model_type!r} model: it is not supported"
         )
     return [f"{best}.{i}" for i in range(length)]
+
+
+def _text_model(model: nn.Module) -> str:
+    """What the names of the modules that write text begin with: other parts may have more weights."""
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return ""
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    holds = isinstance(decoder, nn.Module) and any(isinstance(m, nn.ModuleList) for m in decoder.modules())
+    return f"{name}." if name and holds else ""
 
 
 def _set(module: nn.Module, key: str, value: Tensor) -> None:
