@@ -2,49 +2,25 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from glq import __version__
+from glq.commands import doctor
+from glq.commands.console import bar as _bar
+from glq.commands.console import out as _out
+from glq.commands.console import plain_errors as _plain_errors
+from glq.commands.console import progress as _progress
+from glq.commands.console import say as _say
 from glq.errors import GlqError
-from glq.progress import Listener
-from glq.progress import Progress as Step
 
 app = typer.Typer(
     help="Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice.", no_args_is_help=True
 )
-_err = Console(stderr=True)
-_out = Console()
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A GlqError is the user's to mend: its text, exit code 2, no traceback."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # ours is the only one
-    try:
-        yield
-    except GlqError as error:
-        _err.print(f"[red]glq:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
 
 _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")]
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
@@ -349,29 +325,7 @@ def version() -> None:
     _out.print(__version__, highlight=False)
 
 
-def _say(line: str) -> None:
-    _out.print(line, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Listener]:
-    """A bar for each stage of long work."""
-    with _bar() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(step: Step) -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = bar.add_task(step.stage, total=step.total)
-            bar.update(
-                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
-            )
-
-        yield show
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err, disable=not _err.is_terminal)
+app.command("doctor")(doctor.doctor)
 
 
 def _stored_bits(model: str) -> float | None:
