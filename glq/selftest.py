@@ -1,7 +1,7 @@
 """Each kernel for itself, on this machine: is it right, and how fast is it beside a bf16 product."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,13 +129,13 @@ def _error(y: Tensor, x: Tensor, weight: PackedLinear) -> float:
     return ((y[:, -rows:].float() - exact).norm() / exact.norm()).item()
 
 
-def _time(calls: list[Callable[[], Tensor]], device: torch.device, in_graph: bool = True) -> float:
+def _time(calls: Sequence[Callable[[], Tensor]], device: torch.device, in_graph: bool = True) -> float:
     """Median µs of a call; on a GPU in a CUDA graph of all of them."""
     if device.type != "cuda":
         return _median(lambda: [call() for call in calls], len(calls))
     with torch.cuda.device(device):
         if not in_graph:
-            return _median(lambda: [*(call() for call in calls[:2]), torch.cuda.synchronize()], 2)
+            return _median(lambda: [call().sum().item() for call in calls[:2]], 2)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for call in calls[:2]:
