@@ -1,7 +1,7 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,6 +22,7 @@ from glq.errors import GlqError
 from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
 from glq.files import read_index
 from glq.naming import Naming, Origin
+from glq.rounding import all_finite
 
 
 class SourceModel:
@@ -125,8 +126,11 @@ class SourceModel:
     def _name(self, module: nn.Module) -> str:
         return next(name for name, candidate in self.model.named_modules() if candidate is module)
 
-    def load(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones."""
+    def load(self, name: str, device: torch.device, dtype: torch.dtype, rows: Tensor | None = None) -> nn.Module:
+        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones.
+
+        rows: of a matrix that are needed; the others are not filled in, and take no memory on a CPU.
+        """
         module = self.module(name)
         prefix = name + "." if name else ""
         for key, parameter in list(module.named_parameters()):
@@ -141,9 +145,15 @@ class SourceModel:
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
                     f"{list(value.shape)}: config and weights do not belong together"
                 )
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
-            _set(module, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
+            if rows is None or value.ndim != 2:
+                value = value.to(device, dtype)
+            else:
+                some = torch.empty(value.shape, device=device, dtype=dtype)
+                some[rows.to(device)] = value[rows].to(device, dtype)
+                value = some
+            _set(module, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(module.named_buffers()):
             if prefix + key in self._origins:
                 buffer = self._read_parameter(prefix + key)
@@ -206,8 +216,14 @@ class SourceModel:
             self.model.set_submodule(name, split)
 
     @contextmanager
-    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts."""
+    def outside_blocks(
+        self, device: torch.device, dtype: torch.dtype, tokens: Sequence[Tensor]
+    ) -> Iterator[PreTrainedModel]:
+        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts.
+
+        tokens: all that are embedded meanwhile.
+        """
+        used = torch.cat([batch.flatten() for batch in tokens]).unique()
         head = self.model.get_output_embeddings()
         skip = {id(p) for b in self.blocks for p in self.module(b).parameters()}
         skip |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -219,7 +235,7 @@ class SourceModel:
         ]
         outside = [name for name in owners if not any(name == b or name.startswith(b + ".") for b in self.blocks)]
         for name in outside:
-            self.load(name, device, dtype)
+            self.load(name, device, dtype, used if name == self.embeddings else None)
         try:
             yield self.model
         finally:
