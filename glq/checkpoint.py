@@ -4,10 +4,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
-from glq.files import read_index, tensor_shapes
+from glq.files import read_index, read_json, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
 
 DIGESTS = "glq_sha256.json"  # of the weight files, so that damage is found where it cannot be seen
@@ -31,6 +32,7 @@ class Summary:
     other_bytes: int
     tensors: frozenset[str]  # names of all of them
     module_bits: dict[str, float]  # stored bits a weight of each quantized layer
+    files: frozenset[str]  # names of those that hold the tensors
 
     @property
     def bits(self) -> float:
@@ -41,12 +43,9 @@ class Summary:
 def read_config(path: Path) -> GlqConfig:
     """The quantization_config of a checkpoint directory; GlqError if there is none that this version reads."""
     file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GlqError(f"{path} has no config.json: it is not a checkpoint directory") from None
-    except (OSError, ValueError) as error:
-        raise GlqError(f"{file} cannot be read: {error}") from error
+    if not file.is_file():
+        raise GlqError(f"{path} has no config.json: it is not a checkpoint directory")
+    raw = read_json(file)
     return GlqConfig.from_dict(raw.get("quantization_config", {}) if isinstance(raw, dict) else {})
 
 
@@ -57,8 +56,8 @@ def inspect(path: str | Path) -> Summary:
     """
     path = Path(path)
     summary = summarize(path, read_config(path))
-    if (path / DIGESTS).is_file():
-        _check_digests(path)
+    if digests := _digests(path):
+        _check_digests(path, digests, summary.files)
     return summary
 
 
@@ -71,14 +70,27 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_digests(path: Path) -> None:
-    try:
-        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))["sha256"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise GlqError(f"{path / DIGESTS} cannot be read: download the checkpoint again") from error
-    for name, expected in digests:
+def config_digest(config: GlqConfig) -> str:
+    """sha256 of a config in one form: two codecs may take tensors of the same shapes, and mean different weights."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    """Of glq_sha256.json; nothing where there is none."""
+    file = path / DIGESTS
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+        raise GlqError(f"{file} holds no digests: download the checkpoint again")
+    return content
+
+
+def _check_digests(path: Path, digests: dict[str, Any], files: frozenset[str]) -> None:
+    expected = digests["sha256"]
+    for name in sorted(files | expected.keys()):
         file = path / Path(name).name
-        if not file.is_file() or file_digest(file) != expected:
+        if not file.is_file() or file_digest(file) != expected.get(name):
             raise GlqError(f"{file} is not the file that was written (sha256 differs): download the checkpoint again")
 
 
@@ -94,7 +106,10 @@ def summarize(path: Path, config: GlqConfig) -> Summary:
         weights += module.weights
     file_bytes = sum((path / file).stat().st_size for file in set(files.values()))
     other = sum(nbytes for _, _, nbytes in shapes.values()) - quantized
-    return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits)
+    if _digests(path).get("config", config_digest(config)) != config_digest(config):
+        raise GlqError(f"{path / 'config.json'} has another quantization_config than was written: get it again")
+    used = frozenset(files.values())
+    return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits, used)
 
 
 def _packed_bytes(

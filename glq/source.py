@@ -1,6 +1,5 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,7 +19,7 @@ from transformers import (
 
 from glq.errors import GlqError
 from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
-from glq.files import read_index
+from glq.files import read_index, read_json
 from glq.naming import Naming, Origin
 from glq.rounding import all_finite
 
@@ -39,7 +38,7 @@ class SourceModel:
         self.files = read_index(path)  # tensor name -> file name
         try:
             with init_empty_weights():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise GlqError(
                 f"{path}: transformers cannot build a causal language model of type {self.config.model_type!r}: "
@@ -257,16 +256,14 @@ def _read_config(path: Path) -> PretrainedConfig:
     if not file.is_file():
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method")
-            raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
-        return AutoConfig.from_pretrained(path)
-    except GlqError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        quantization = read_json(file).get("quantization_config")
+        if quantization is None:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         first = str(error).strip().splitlines()[0]
         raise GlqError(f"{file} is not a config that transformers reads: {first}") from error
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
 
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:

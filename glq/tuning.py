@@ -156,7 +156,7 @@ def _precision(model: str | Path, device: torch.device) -> torch.dtype:
 
 
 def _load(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype, use_safetensors=True)
     return loaded.to(device).eval().requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glq.checkpoint import DIGESTS, refuse_existing
+from glq.checkpoint import DIGESTS, config_digest, read_config, refuse_existing
 from glq.errors import GlqError, ResumableError
 from glq.files import INDEX, SINGLE
 from glq.shards import join, save, sync_folder
@@ -115,12 +115,16 @@ class CheckpointWriter:
             if count > 1:
                 total = sum(file.stat().st_size for file in self._final.glob("*.safetensors"))
                 self.add_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            self.add_json(DIGESTS, {"sha256": dict(sorted(digests.items()))})
+            self.add_json(DIGESTS, {"sha256": dict(sorted(digests.items()))} | self._config_digest())
             sync_folder(self._final)
             if self.out.exists():
                 self.out.rmdir()
             os.replace(self._final, self.out)
             sync_folder(self.out.absolute().parent)
+
+    def _config_digest(self) -> dict[str, str]:
+        file = self._final / "config.json"
+        return {"config": config_digest(read_config(self._final))} if file.exists() else {}
 
     def _resume(self, journal: dict[str, Any]) -> None:
         """Take up what the journal names, and remove what it does not."""
