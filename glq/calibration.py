@@ -24,6 +24,7 @@ from glq.experts import ExpertLinear
 from glq.machine import release_memory
 from glq.moments import Moments, Routed, Sums, expert_moments
 from glq.source import SourceModel
+from glq.spill import Spill, held_by
 
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 
@@ -99,6 +100,10 @@ class Run:
             hook.remove()
         return out
 
+    def held(self) -> Iterator[Tensor]:
+        """What the pass keeps while it is paused."""
+        return held_by(None if self._pass.dead else self._pass.gr_frame)
+
     def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if getcurrent() is self._pass:
             self._pass.parent.switch(args)
@@ -128,6 +133,7 @@ def calibrate_block(
     round_groups: Callable[[nn.Module, list[Read]], None],
     held_out: int = 0,
     side_by_side: bool = False,
+    spill: Spill | None = None,
 ) -> Iterator[int]:
     """Take both models, called as calls and calls_hat say, through one block and round its groups on the way.
 
@@ -135,8 +141,10 @@ def calibrate_block(
     outputs. round_groups gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
     what the groups read that can be rounded now: one after the other, each after those before it, or, side_by_side, all
     of the block, which costs one pass more. The last `held_out` microbatches go along, but moments do not count them.
-    Yields the number of the group just rounded, then of the end.
+    Yields the number of the group just rounded, then of the end. spill: where what is not worked on waits.
     """
+    spill = spill or Spill(None)
+    spill.put_module(block)
     twin = copy.deepcopy(block)
     read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
@@ -150,16 +158,24 @@ def calibrate_block(
             (x, *experts), (x_hat, *experts_hat) = run.advance(), run_hat.advance()
             if k < len(pairs) - held_out and isinstance(leader, ExpertLinear):
                 routed.append(Routed(x, experts[0], x_hat, experts_hat[0], leader.of_pairs))
+                spill.put([x, x_hat])
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
+                spill.put([reference[k]])
                 if side_by_side:
                     run_hat.finish()
+            for paused in (run, run_hat):
+                spill.put(paused.held())
+        for model in (block, twin):
+            spill.put_module(model)
+        del x, x_hat
         read.append(Read(members, routed or sums.mean()))
         if not side_by_side:
             round_groups(twin, read)
             read = []
+            spill.put_module(twin)
             yield i
     if side_by_side:
         round_groups(twin, read)
@@ -169,6 +185,7 @@ def calibrate_block(
     for k, (_, run_hat) in enumerate(pairs):
         whole = side_by_side or not groups
         quantized[k] = run_block(twin, quantized[k], calls_hat[k]) if whole else run_hat.finish()
+        spill.put([quantized[k]])
     yield len(groups)
 
 
@@ -209,6 +226,8 @@ def walk(
     first: int = 0,
     together: int = 1,
     side_by_side: bool = False,
+    spill: Spill | None = None,
+    ended: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[tuple[str, ...], int, int]]:
     """Take both models through all blocks; `visit` gets the groups, and may change their layers' weights.
 
@@ -216,7 +235,7 @@ def walk(
 
     reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
     last block's outputs. Yields, after each group, or all experts': the names of its layers, how many groups are done,
-    and how many there are.
+    and how many there are. spill: as calibrate_block takes it. ended: gets the number of a block that is behind.
     """
     release_memory()
     calls_hat = [copied(of_blocks) for of_blocks in calls]
@@ -229,9 +248,8 @@ def walk(
             for some in groups_of(prefix, source, twin, read, together):
                 visit(some)
 
-        steps = calibrate_block(
-            block, groups, reference, quantized, block_calls, block_calls_hat, visit_all, held_out, side_by_side
-        )
+        how = (held_out, side_by_side, spill)
+        steps = calibrate_block(block, groups, reference, quantized, block_calls, block_calls_hat, visit_all, *how)
         for done in steps:
             if done < len(groups):
                 modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])
@@ -239,3 +257,4 @@ def walk(
                 yield names, i * len(groups) + done + 1, len(source.blocks) * len(groups)
         source.unload(name)
         release_memory()
+        ended(i)

@@ -55,7 +55,7 @@ def capture(
     masks, one kind a layer type) is found without knowing the architecture. GlqError for a model that goes on with
     other hidden states than its blocks return.
     """
-    with source.outside_blocks(device, dtype) as model:
+    with source.outside_blocks(device, dtype, batches) as model:
         for output in _OUTPUTS:
             try:
                 found = [_pass(source, model, tokens.to(device), output) for tokens in batches[:1]]
@@ -116,7 +116,7 @@ def final_states(
     """What the lm_head reads, given the last block's outputs in one or more models: [tokens, hidden] each, a batch."""
     last, output = source.module(source.blocks[-1]), source.block_output
     with (
-        source.outside_blocks(device, torch.float32) as model,
+        source.outside_blocks(device, torch.float32, batches) as model,
         _stubbed(source, lambda name: lambda x, *_, **__: output(x)),
     ):
         for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):

@@ -181,7 +181,7 @@ def load(
     wanted = dtype or (torch.float32 if where.type == "cpu" else "auto")
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=False, use_safetensors=True)
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

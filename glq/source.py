@@ -1,7 +1,6 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -29,8 +28,9 @@ from glq.experts import (
     refuse_unknown,
     why_not,
 )
-from glq.files import read_index
+from glq.files import read_index, read_json
 from glq.naming import Naming, Origin
+from glq.rounding import all_finite
 
 
 class SourceModel:
@@ -47,7 +47,7 @@ class SourceModel:
         self.files = read_index(path)  # tensor name -> file name
         try:
             with init_empty_weights():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise GlqError(
                 f"{path}: transformers cannot build a causal language model of type {self.config.model_type!r}: "
@@ -146,8 +146,11 @@ class SourceModel:
     def _name(self, module: nn.Module) -> str:
         return next(name for name, candidate in self.model.named_modules() if candidate is module)
 
-    def load(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones."""
+    def load(self, name: str, device: torch.device, dtype: torch.dtype, rows: Tensor | None = None) -> nn.Module:
+        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones.
+
+        rows: of a matrix that are needed; the others are not filled in, and take no memory on a CPU.
+        """
         module = self.module(name)
         prefix = name + "." if name else ""
         for key, parameter in list(module.named_parameters()):
@@ -162,9 +165,15 @@ class SourceModel:
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
                     f"{list(value.shape)}: config and weights do not belong together"
                 )
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
-            _set(module, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
+            if rows is None or value.ndim != 2:
+                value = value.to(device, dtype)
+            else:
+                some = torch.empty(value.shape, device=device, dtype=dtype)
+                some[rows.to(device)] = value[rows].to(device, dtype)
+                value = some
+            _set(module, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(module.named_buffers()):
             if prefix + key in self._origins:
                 buffer = self._read_parameter(prefix + key)
@@ -227,8 +236,14 @@ class SourceModel:
             self.model.set_submodule(name, split)
 
     @contextmanager
-    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts."""
+    def outside_blocks(
+        self, device: torch.device, dtype: torch.dtype, tokens: Sequence[Tensor]
+    ) -> Iterator[PreTrainedModel]:
+        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts.
+
+        tokens: all that are embedded meanwhile.
+        """
+        used = torch.cat([batch.flatten() for batch in tokens]).unique()
         head = self.model.get_output_embeddings()
         skip = {id(p) for b in self.blocks for p in self.module(b).parameters()}
         skip |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -240,7 +255,7 @@ class SourceModel:
         ]
         outside = [name for name in owners if not any(name == b or name.startswith(b + ".") for b in self.blocks)]
         for name in outside:
-            self.load(name, device, dtype)
+            self.load(name, device, dtype, used if name == self.embeddings else None)
         try:
             yield self.model
         finally:
@@ -262,16 +277,14 @@ def _read_config(path: Path) -> PretrainedConfig:
     if not file.is_file():
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method")
-            raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
-        return AutoConfig.from_pretrained(path)
-    except GlqError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        quantization = read_json(file).get("quantization_config")
+        if quantization is None:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         first = str(error).strip().splitlines()[0]
         raise GlqError(f"{file} is not a config that transformers reads: {first}") from error
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
 
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:

@@ -167,13 +167,13 @@ def test_variants_of_a_model(change, text_file, tmp_path):
 def test_sharded_source_and_sharded_output(
     tiny_model, tiny_checkpoint, tiny_settings, text_file, tmp_path, monkeypatch
 ):
-    import glq.checkpoint as checkpoint
+    import glq.writer as writer
 
     load(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model / name, tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
     quantize(tmp_path / "model", tmp_path / "out", tiny_settings, calibration=text_file, device="cpu")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     ids = torch.arange(60)[None]
