@@ -82,8 +82,8 @@ class Timed:
 
     def seconds(self) -> list[float]:
         """Of two times; `digest` is that of all that was written."""
-        from glq.checkpoint import CheckpointWriter
         from glq.rounder import Choice, GroupRounder
+        from glq.writer import CheckpointWriter
 
         found = []
         with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "out") as writer:

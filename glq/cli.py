@@ -2,53 +2,30 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from glq import __version__
+from glq.commands import doctor, plan
+from glq.commands.console import bar as _bar
+from glq.commands.console import out as _out
+from glq.commands.console import plain_errors as _plain_errors
+from glq.commands.console import progress as _progress
+from glq.commands.console import say as _say
+from glq.commands.plan import Context, KvBits, Memory, choose, show_fit
 from glq.errors import GlqError
-from glq.progress import Listener
-from glq.progress import Progress as Step
 
 app = typer.Typer(
     help="Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice.", no_args_is_help=True
 )
-_err = Console(stderr=True)
-_out = Console()
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A GlqError is the user's to mend: its text, exit code 2, no traceback."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # ours is the only one
-    try:
-        yield
-    except GlqError as error:
-        _err.print(f"[red]glq:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
 
 _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")]
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
-_Bits = Annotated[float, typer.Option(help="bits a weight, any figure from 1.5 to 4")]
 _Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")]
 _Tokens = Annotated[int | None, typer.Option(help="calibration tokens; default: 16,384 (GPU: up to 262,144)")]
 _Ctx = Annotated[int, typer.Option(help="tokens in one calibration window")]
@@ -69,6 +46,9 @@ def quantize(
     ] = None,
     embeddings: Annotated[float | None, typer.Option(help="bits of the embeddings; default: as they are")] = None,
     head: Annotated[float | None, typer.Option(help="bits of the lm_head; default: as it is")] = None,
+    fit: Memory = None,
+    context: Context = 4096,
+    kv_bits: KvBits = None,
     mixed: Annotated[
         bool | None,
         typer.Option("--mixed/--uniform", help="let layers differ; default: at rates that no codec has"),
@@ -99,6 +79,11 @@ def quantize(
         keep_large_tensors_off_the_heap()
         if wrong := [entry for entry in layer or () if "=" not in entry]:
             raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
+        if fit is not None:
+            named = None if codec == "auto" else codec
+            fitted = choose(model, fit, context, kv_bits, bits, plan, embeddings, head, named)
+            show_fit(fitted)
+            bits, embeddings, head = fitted.best.bits, fitted.best.outside, fitted.best.outside
         planned = None if plan is None else Plan.read(plan)
         if bits is None:
             bits = 3 if planned is None else planned.bits
@@ -133,6 +118,13 @@ def quantize(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        if result.left:
+            reasons = Counter(result.left.values())
+            _say(
+                f"{len(result.left)} linear layers stay in their own precision: "
+                + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+                + ". quantization.json names them"
+            )
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(
@@ -140,45 +132,6 @@ def quantize(
                 "were rounded for what their layer reads on average more than for their own. --tokens takes more; "
                 "quantization.json has all counts"
             )
-
-
-@app.command("plan")
-def plan_command(
-    model: _Model,
-    out: Annotated[Path, typer.Argument(help="JSON file to write")],
-    bits: _Bits = 3,
-    calibration: _Calibration = None,
-    tokens: _Tokens = None,
-    ctx: _Ctx = 1024,
-    device: _Device = "auto",
-    seed: _Seed = 0,
-    measured: Annotated[
-        Path | None, typer.Option(help="an older plan of this model: take its sensitivities, good for every rate")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the plan here, too (PNG, SVG, PDF)")] = None,
-) -> None:
-    """Measure how much each group of layers matters, and allocate bits: for `glq quantize --plan`."""
-    with _plain_errors():
-        from glq.allocation import Plan, allocate, make_plan
-        from glq.pipeline import Settings
-
-        if out.exists():
-            raise GlqError(f"{out} exists: nothing is overwritten, name another file")
-        if measured is not None:
-            plan = allocate(Plan.read(measured).groups, bits)
-        else:
-            settings = Settings(bits=bits, tokens=tokens, ctx=ctx, seed=seed)
-            with _progress() as listener:
-                plan = make_plan(model, bits, settings, calibration=calibration, device=device, progress=listener)
-        plan.write(out)
-        table = Table("layers", "weights", "KL a unit of MSE", "codec")
-        for group, codec in zip(plan.groups, plan.codecs, strict=True):
-            table.add_row(", ".join(group.layers), f"{group.weights:,}", f"{group.sensitivity:.4f}", codec)
-        _out.print(table)
-        if plot is not None:
-            from glq.plots import plot_plan
-
-            plot_plan(plan, plot)
 
 
 @app.command("tune")
@@ -367,6 +320,10 @@ def version() -> None:
     _out.print(__version__, highlight=False)
 
 
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
+
+
 def _info_upstream(model: Path, as_json: bool) -> None:
     from glq.upstream.convert import inspect_upstream
 
@@ -382,31 +339,6 @@ def _info_upstream(model: Path, as_json: bool) -> None:
         f"quantized: {found.nbytes:,} bytes × 8 ÷ {found.weights:,} weights = {found.bits:.4f} bits; "
         f"other tensors: {found.other_bytes:,} bytes"
     )
-
-
-def _say(line: str) -> None:
-    _out.print(line, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Listener]:
-    """A bar for each stage of long work."""
-    with _bar() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(step: Step) -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = bar.add_task(step.stage, total=step.total)
-            bar.update(
-                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
-            )
-
-        yield show
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err, disable=not _err.is_terminal)
 
 
 def _stored_bits(model: str) -> float | None:

@@ -1,5 +1,6 @@
 """What config.json says of a quantized model: frozen dataclasses, to and from plain dictionaries."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class GlqConfig:
             raise GlqError(f"quantization_config lacks {', '.join(lost)}: config.json is damaged")
         if not isinstance(raw["modules"], dict) or not raw["modules"]:
             raise GlqError("quantization_config: modules must name at least one quantized layer")
-        if type(raw["bits"]) not in (int, float):
+        if type(raw["bits"]) not in (int, float) or not math.isfinite(raw["bits"]):
             raise GlqError(f"quantization_config: bits must be a number, found {raw['bits']!r}")
         degree = raw.get("tensor_parallel", 1)
         if type(degree) is not int or degree < 1:

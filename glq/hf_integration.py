@@ -22,7 +22,7 @@ from glq.hub import resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
 from glq.naming import Naming
-from glq.placing import place_experts
+from glq.placing import keep_from_initializing, place_experts
 from glq.quant_experts import ExpertsPart, QuantExperts
 from glq.upstream.format import UpstreamConfig
 from glq.upstream.placing import UpstreamPlacing
@@ -91,6 +91,7 @@ class GlqHfQuantizer(HfQuantizer):
                 quantized = _quantized(original, module)
             tied = isinstance(quantized, QuantEmbedding) and _tied_head(model, original)
             model.set_submodule(name, quantized)
+            keep_from_initializing(model, name)
             if isinstance(quantized, QuantEmbedding) and tied:
                 model.set_output_embeddings(TiedHead(quantized))
                 model.all_tied_weights_keys = {}
@@ -180,7 +181,7 @@ def load(
     wanted = dtype or (torch.float32 if where.type == "cpu" else "auto")
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=False, use_safetensors=True)
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 PRIOR = 0.5  # times its inputs: tokens that the average of a layer counts for in the moments of each expert
+_ROWS = 1024  # of a matrix that are copied at once
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,20 @@ class Sums:
         self._drift.addmm_((x - x_hat).T, x_hat)
 
     def mean(self) -> Moments:
+        """To be asked for once: the sums become the means."""
         if self._upper is None or self._drift is None:
             raise RuntimeError("no inputs were added")
-        hessian = self._upper.triu().add_(self._upper.triu(1).T)
-        return Moments(hessian.div_(self.count), self._drift.div_(self.count))
+        return Moments(_whole(self._upper).div_(self.count), self._drift.div_(self.count))
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """A symmetric matrix from its blocks on and above the diagonal, in place."""
+    for start in range(0, len(upper), _ROWS):
+        rows = slice(start, start + _ROWS)
+        upper[rows, :start] = upper[:start, rows].T
+        square = upper[rows, rows]
+        square.copy_(square.triu().add_(square.triu(1).T))
+    return upper
 
 
 def moments_of(inputs: Iterable[tuple[Tensor, ...]]) -> Moments:

@@ -13,6 +13,16 @@ from glq.packed import PACKED_DTYPES
 from glq.quant_experts import QuantExperts
 
 
+def keep_from_initializing(model: nn.Module, name: str) -> None:
+    """Tell transformers that the module around a layer is whole: some fill the `weight` that a packed layer has not.
+
+    Unless it has buffers that are computed then, and stored in no file.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not parent._non_persistent_buffers_set:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def place_experts(model: nn.Module, config: GlqConfig, naming: Naming) -> list[WeightConverter]:
     """Put QuantExperts where the config has experts; the conversions that stack their tensors, one expert's each.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 from upstream_writer import (
     Writer,
@@ -202,6 +202,39 @@ def test_experts(codec, joint, tmp_path):
     out = tmp_path / "dense"
     glq.upstream.convert.convert(path, out, dense=True)
     assert difference(load(out), plain) <= 1e-5
+
+
+def test_a_router_that_was_quantized_is_decoded(tmp_path, caplog):
+    writer = Writer("e8p", 4)
+    path, plain = write_moe(tmp_path / "m", writer, joint=False)
+    tensors, name = load_file(path / "model.safetensors"), "model.layers.0.mlp.gate"
+    made, weight = writer.matrix(3, 64)
+    del tensors[f"{name}.weight"]
+    tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
+    save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path / "model.safetensors")
+    plain.get_parameter(f"{name}.weight").data = weight.float()
+    assert difference(load(path), plain) <= 1e-5
+    assert "MISSING" not in caplog.text
+    assert "UNEXPECTED" not in caplog.text
+
+
+def test_experts_by_mixtrals_names(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "vocab_size": 120, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes | heads, dtype="float32")).float()
+    writer = Writer("e8_shell", 3)
+    path, expected = write_model(tmp_path / "m", model, writer)
+    tensors, experts = load_file(path / "model.safetensors"), model.model.layers[0].mlp.experts
+    tensors = {key.replace(".mlp.", ".block_sparse_moe."): t for key, t in tensors.items() if ".experts." not in key}
+    for e in range(3):
+        (gate, a), (up, b), (down, c) = (writer.matrix(*shape) for shape in ((32, 64), (32, 64), (64, 32)))
+        experts.gate_up_proj.data[e], experts.down_proj.data[e] = torch.cat([a, b]).float(), c.float()
+        name = f"model.layers.0.block_sparse_moe.experts.{e}"
+        tensors |= {
+            f"{name}.{w}.{key}": t for w, of in (("w1", gate), ("w3", up), ("w2", down)) for key, t in of.items()
+        }
+    save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path / "model.safetensors")
+    assert difference(load(path), with_weights(model, expected)) <= 1e-5
 
 
 def embedding(rows: int, width: int, more_rows: int):

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from glq.checkpoint import CheckpointWriter, refuse_existing
+from glq.checkpoint import refuse_existing
 from glq.errors import GlqError
 from glq.experts import INNER, expert_shapes, is_experts, outer_name, part_names
 from glq.hub import resolve
@@ -21,6 +21,7 @@ from glq.naming import Naming
 from glq.progress import Listener, Progress, silent
 from glq.upstream.placing import EXPERT, LEAVES, find_places
 from glq.upstream.reader import UpstreamCheckpoint, check_sizes, read_upstream
+from glq.writer import CheckpointWriter
 
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 _NOT_COPIED = ("config.json", "quantize_config.json", "layer_metrics.json", "bpw_allocation.json")

@@ -15,6 +15,7 @@ from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.experts import INNER, expert_shapes, is_experts
 from glq.naming import Naming
+from glq.placing import keep_from_initializing
 from glq.upstream.format import Layout, UpstreamConfig
 from glq.upstream.linear import UpstreamEmbedding, UpstreamExperts, UpstreamLayer, UpstreamLinear, pair
 from glq.upstream.reader import UpstreamCheckpoint, check_sizes
@@ -46,6 +47,7 @@ class UpstreamPlacing:
         for place, names in experts.items():
             self._put_experts(model, place, names)
         self._refuse_missing(model, Naming(model, self.conversions))
+        self._ignore_dense(model)
         if self._biases:
             warnings.warn(
                 f"upstream glq leaves out the biases of quantized layers: those of {len(self._biases)} layers, first "
@@ -71,12 +73,15 @@ class UpstreamPlacing:
                 self._dense[f"{place}.weight"] = layout.name
                 return
             model.set_submodule(place, UpstreamLinear(layout, tables, rows, columns))
+            keep_from_initializing(model, place)
         if original.bias is not None and "bias" not in layout.tensors:
             self._biases.append(layout.name)
 
     def _put_experts(self, model: PreTrainedModel, place: str, names: dict[tuple[int, str], str]) -> None:
-        original = model.get_submodule(place)
+        original: Any = model.get_submodule(place)
         shapes = expert_shapes(place, original)
+        if original.has_bias or not original.is_concatenated:
+            raise GlqError(f"{place}: {type(original).__name__} are experts that upstream glq does not quantize")
         leaves = {LEAVES.get(leaf, leaf): leaf for _, leaf in names}
         wanted = {(e, part) for part, (count, _, _) in shapes.items() for e in range(count)}
         found = {(e, LEAVES.get(leaf, leaf)): name for (e, leaf), name in names.items()}
@@ -103,6 +108,12 @@ class UpstreamPlacing:
                 f"{self.checkpoint.path} lacks {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}: "
                 "the checkpoint is incomplete, or was made for another model class"
             )
+
+    def _ignore_dense(self, model: PreTrainedModel) -> None:
+        """transformers need not say that it misses these, nor that it does not know what the files have instead."""
+        for kind, names in (("missing", self._dense.keys()), ("unexpected", self._dense.values())):
+            key = f"_keys_to_ignore_on_load_{kind}"
+            setattr(model, key, set(getattr(model, key, None) or ()) | {rf"^{re.escape(name)}(\.|$)" for name in names})
 
     def settle(self, model: PreTrainedModel) -> None:
         """Check what was loaded, find what was quantized as one, and fill what cannot hold codes."""

@@ -34,7 +34,7 @@ def _butterfly(x: Tensor) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = _interleaved(a + b, a - b)
         stride *= 2
-    return y.reshape(x.shape) / math.sqrt(width)
+    return y.reshape(x.shape) / torch.full((), math.sqrt(width), device=x.device)  # a GPU multiplies by 1 / a number
 
 
 def _interleaved(a: Tensor, b: Tensor) -> Tensor:

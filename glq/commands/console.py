@@ -1,0 +1,61 @@
+"""What every command prints with: two consoles, errors in a line, bars for long work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from glq.errors import GlqError
+from glq.progress import Listener
+from glq.progress import Progress as Step
+
+err = Console(stderr=True)
+out = Console()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A GlqError is the user's to mend: its text, exit code 2, no traceback."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # ours is the only one
+    try:
+        yield
+    except GlqError as error:
+        err.print(f"[red]glq:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def say(line: str) -> None:
+    out.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Listener]:
+    """A bar for each stage of long work."""
+    with bar() as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: Step) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = shown.add_task(step.stage, total=step.total)
+            shown.update(
+                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
+            )
+
+        yield show
+
+
+def bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal)
