@@ -101,11 +101,12 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
   float* const rows = (float*)(fragments + HEADS8 * KEY_PAIRS * 4 * 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   let_next_start();
-  constexpr int FROM = KEY_BITS == 2 && VALUE_BITS == 2 ? HALVES_AT : 0, SKIPPED = KEY_BITS == 2 || VALUE_BITS == 2 ? 0 : sizeof(tables.halves);
-  for (int i = FROM / 16 + threadIdx.x; i < (int)(sizeof(Tables) - SKIPPED) / 16; i += 32 * WARPS) {
-    const int at = SKIPPED && i >= HALVES_AT / 16 ? i + SKIPPED / 16 : i;
-    ((uint4*)memory)[at] = of_tables[at];
-  }
+  auto fill = [&](int from, int end) {
+    for (int i = from / 16 + threadIdx.x; i < end / 16; i += 32 * WARPS) ((uint4*)memory)[i] = of_tables[i];
+  };
+  if (KEY_BITS == 4 || VALUE_BITS == 4) fill(0, STEPS_AT[0]);
+  if (KEY_BITS == 3 || VALUE_BITS == 3) fill(STEPS_AT[0], HALVES_AT);
+  if (KEY_BITS == 2 || VALUE_BITS == 2) fill(HALVES_AT, sizeof(Tables));
   wait_for_previous();
 
   const Share share = share_of(lengths, window, kv_heads);
@@ -166,7 +167,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     for (int e = 0; e < 2; ++e) {
       highest[n][e] = LOWEST;
       sum[n][e] = 0;
-      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
+      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E) * UNIT<KEY_BITS>;
     }
     #pragma unroll
     for (int i = 0; i < VALUE_WORDS * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0;
@@ -180,8 +181,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     #pragma unroll
     for (int p = 0; p < KEY_PAIRS; ++p) {
       u32 x[8], y[8];
-      decode2<KEY_BITS>(x, key[0].word(2 * p), key[0].word(2 * p + 1), tables);
-      decode2<KEY_BITS>(y, key[1].word(2 * p), key[1].word(2 * p + 1), tables);
+      decode2<KEY_BITS>(x, key[0].word(2 * p), key[0].word(2 * p + 1), tables, lane);
+      decode2<KEY_BITS>(y, key[1].word(2 * p), key[1].word(2 * p + 1), tables, lane);
       #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const u32 a[4] = {x[2 * s], y[2 * s], x[2 * s + 1], y[2 * s + 1]};
@@ -249,8 +250,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     #pragma unroll
     for (int j = 0; j < VALUE_WORDS; ++j) {
       u32 x[8], y[8];
-      decode2<VALUE_BITS>(x, value[0].word(j), value[2].word(j), tables);
-      decode2<VALUE_BITS>(y, value[1].word(j), value[3].word(j), tables);
+      decode2<VALUE_BITS>(x, value[0].word(j), value[2].word(j), tables, lane);
+      decode2<VALUE_BITS>(y, value[1].word(j), value[3].word(j), tables, lane);
       #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const u32 a[4] = {x[2 * s], x[2 * s + 1], y[2 * s], y[2 * s + 1]};
@@ -294,7 +295,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     float total = 0;
     #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += of_warps[w * SUMS * 32 + index];
-    part_of(head)[channel] = total;
+    part_of(head)[channel] = total * UNIT<VALUE_BITS>;
   }
   if (threadIdx.x < group) {
     float top = LOWEST, all = 0;
