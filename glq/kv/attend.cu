@@ -167,7 +167,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     for (int e = 0; e < 2; ++e) {
       highest[n][e] = LOWEST;
       sum[n][e] = 0;
-      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E) * UNIT<KEY_BITS>;
+      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
     }
     #pragma unroll
     for (int i = 0; i < VALUE_WORDS * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0;
@@ -181,8 +181,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     #pragma unroll
     for (int p = 0; p < KEY_PAIRS; ++p) {
       u32 x[8], y[8];
-      decode2<KEY_BITS>(x, key[0].word(2 * p), key[0].word(2 * p + 1), tables, lane);
-      decode2<KEY_BITS>(y, key[1].word(2 * p), key[1].word(2 * p + 1), tables, lane);
+      decode2<KEY_BITS>(x, key[0].word(2 * p), key[0].word(2 * p + 1), tables);
+      decode2<KEY_BITS>(y, key[1].word(2 * p), key[1].word(2 * p + 1), tables);
       #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const u32 a[4] = {x[2 * s], y[2 * s], x[2 * s + 1], y[2 * s + 1]};
@@ -250,8 +250,8 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     #pragma unroll
     for (int j = 0; j < VALUE_WORDS; ++j) {
       u32 x[8], y[8];
-      decode2<VALUE_BITS>(x, value[0].word(j), value[2].word(j), tables, lane);
-      decode2<VALUE_BITS>(y, value[1].word(j), value[3].word(j), tables, lane);
+      decode2<VALUE_BITS>(x, value[0].word(j), value[2].word(j), tables);
+      decode2<VALUE_BITS>(y, value[1].word(j), value[3].word(j), tables);
       #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const u32 a[4] = {x[2 * s], x[2 * s + 1], y[2 * s], y[2 * s + 1]};
@@ -295,7 +295,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     float total = 0;
     #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += of_warps[w * SUMS * 32 + index];
-    part_of(head)[channel] = total * UNIT<VALUE_BITS>;
+    part_of(head)[channel] = total;
   }
   if (threadIdx.x < group) {
     float top = LOWEST, all = 0;
@@ -313,22 +313,28 @@ join_shares(const float* parts, u16* out, int shares, int out_row, int out_head)
   let_next_start();
   const float* const mine = parts + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * shares * (DIM + 2);
   wait_for_previous();
+  const int lane = threadIdx.x % 32;  // each warp finds the shares' weights for itself
   float top = LOWEST, all = 0;
-  for (int i = 0; i < shares; ++i) top = max(top, mine[i * (DIM + 2) + DIM]);
-  for (int i = threadIdx.x; i < shares; i += 128) {
+  for (int i = lane; i < shares; i += 32) top = max(top, mine[i * (DIM + 2) + DIM]);
+  #pragma unroll
+  for (int m = 1; m < 32; m *= 2) top = max(top, __shfl_xor_sync(~0u, top, m));
+  for (int i = lane; i < shares; i += 32) {
     const float* const part = mine + i * (DIM + 2) + DIM;
-    share_of[i] = part[1] == 0 ? 0 : power_of_2(part[0] - top);
+    const float weight = part[1] == 0 ? 0 : power_of_2(part[0] - top);
+    if (threadIdx.x < 32) share_of[i] = weight;
+    all += weight * part[1];
   }
+  #pragma unroll
+  for (int m = 1; m < 32; m *= 2) all += __shfl_xor_sync(~0u, all, m);
   __syncthreads();
-  for (int i = 0; i < shares; ++i) all += share_of[i] * mine[i * (DIM + 2) + DIM + 1];
   for (int c = threadIdx.x; c < DIM; c += 128) {
     float total = 0;
-    #pragma unroll 4
+    #pragma unroll 16
     for (int i = 0; i < shares; ++i) total += share_of[i] == 0 ? 0 : share_of[i] * mine[i * (DIM + 2) + c];
     x[c] = all == 0 ? 0 : total / all;
   }
   __syncthreads();
-  if (threadIdx.x < 32) mix(x, threadIdx.x);
+  if (threadIdx.x < 32) mix(x, lane);
   __syncthreads();
   u16* const to = out + (size_t)blockIdx.y * out_row + blockIdx.x * out_head;
   for (int c = threadIdx.x; c < DIM; c += 128) to[c] = to_out(x[c]);

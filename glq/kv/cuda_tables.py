@@ -7,9 +7,8 @@ from torch import Tensor
 
 from glq.codecs.e8 import half_table
 from glq.kv.codec import kv_codec
-from glq.kv.shaped import STEP_UNIT, ShapedE8
+from glq.kv.shaped import ShapedE8
 
-_UNIT = 128  # steps are multiples of 1/STEP_UNIT; kernels have them in units of 1/_UNIT
 # of each number of bits: entries, bits of an entry's number that are indices of words a and b, lowest first, free ones
 _ADDRESSES = {4: (1376, (2, 6, 10), (0, 4, 8), (1, 3)), 3: (224, (1, 4, 7), (0, 3, 6), (2,))}
 
@@ -27,12 +26,12 @@ def halves_at() -> int:
 
 
 def _pairs(bits: int) -> Tensor:
-    """[entries, 2] fp16: steps of words a and b where the bits of their indices say; the same in all copies."""
+    """[entries, 2] fp16: steps of words a and b, in units of 1/512, where their indices say; the same in all copies."""
     codec = kv_codec(bits).codec
     assert isinstance(codec, ShapedE8)
     entries, of_a, of_b, copies = _ADDRESSES[bits]
     address = torch.arange(entries)[:, None]
     used = sum(1 << i for i in (*of_a, *of_b, *copies))
-    steps = torch.tensor(codec.steps).half() * _UNIT / STEP_UNIT
+    steps = torch.tensor(codec.steps).half()
     a, b = (sum(((address >> i & 1) << n for n, i in enumerate(of)), torch.zeros_like(address)) for of in (of_a, of_b))
     return torch.where(address & ~used == 0, steps[torch.cat([a, b], -1)], 0)

@@ -7,11 +7,10 @@
 
 // Tables in shared memory: cuda_tables.py.
 struct Tables {
-  u32 steps4[1376], steps3[224];  // of two words, as fp16, in units of 1/128
+  u32 steps4[1376], steps3[224];  // of two words, as fp16, in units of 1/512
   uint2 halves[512];              // e8-2: half table, fp16
 };
 static constexpr int STEPS_AT[2] = {1376 * 4, 0}, HALVES_AT = 1600 * 4;  // 3 bits, 4 bits
-template <int BITS> static constexpr float UNIT = BITS == 2 ? 1 : 4;   // of what decode2 gives
 
 constexpr u32 half_bits(double v) {  // of what fp16 has exactly
   const u32 sign = v < 0 ? 0x8000 : 0;
@@ -28,7 +27,7 @@ static constexpr u32 SIGNS = 0x80008000u;
 #define BEGINS(Q) {BEGIN(Q, 0), BEGIN(Q, 1), BEGIN(Q, 2), BEGIN(Q, 3), BEGIN(Q, 4), BEGIN(Q, 5), BEGIN(Q, 6), BEGIN(Q, 7)}
 __constant__ u32 begins[2][8] = {BEGINS(8), BEGINS(16)};
 
-template <int BITS> __device__ __forceinline__ void decode_shaped(u32* out, u32 a, u32 b, const Tables& tables, int lane) {
+template <int BITS> __device__ __forceinline__ void decode_shaped(u32* out, u32 a, u32 b, const Tables& tables) {
   static_assert(BITS == 4 || BITS == 3, "E8 shaped by D8");
   constexpr int Q = 1 << BITS, SECOND = BITS == 4 ? 8 : 9;
   constexpr u32 EACH = 1 + (1 << BITS) + (1 << 2 * BITS) + (1 << 3 * BITS);  // the lowest bits of fields
@@ -53,17 +52,17 @@ template <int BITS> __device__ __forceinline__ void decode_shaped(u32* out, u32 
 
   constexpr u32 OF_A = BITS == 4 ? 0x1110 : 0x0248;
   constexpr int DOWN = BITS == 4 ? 18 : 17;
-  const int copy = BITS == 4 ? (lane & 1) << 3 | (lane & 2) << 4 : (lane & 1) << 4;
+  const int lane = threadIdx.x % 32, copy = BITS == 4 ? (lane & 1) << 3 | (lane & 2) << 4 : (lane & 1) << 4;
   const u32 at = (high & OF_A * 0x10001) * (1 + (1 << DOWN)) >> DOWN;
   const u32 step = *(const u32*)((const u8*)&tables + STEPS_AT[BITS - 3] + copy + at);
-  const u32 other = multiply2(step, both(-16 * Q));
+  const u32 other = multiply2(step, both(-16 * Q));  // a period, times 8192; within fp16 (STEP_UNIT in shaped.py)
   #pragma unroll
   for (int i = 0; i < 8; ++i) out[i] = fma2(add_within_1(size[i], below), other ^ x[i] & SIGNS, multiply2(x[i], step));
 }
 
-// out[i]: coordinate i of both, in units of UNIT times their vectors' scales, fp16.
-template <int BITS> __device__ __forceinline__ void decode2(u32* out, u32 a, u32 b, const Tables& tables, int lane) {
-  if constexpr (BITS > 2) decode_shaped<BITS>(out, a, b, tables, lane);
+// out[i]: coordinate i of both, in units of their vectors' scales, fp16.
+template <int BITS> __device__ __forceinline__ void decode2(u32* out, u32 a, u32 b, const Tables& tables) {
+  if constexpr (BITS > 2) decode_shaped<BITS>(out, a, b, tables);
   else
     #pragma unroll
     for (int half = 0; half < 2; ++half) {

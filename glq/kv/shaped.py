@@ -19,7 +19,7 @@ from glq.codecs.lattice import constant, nearest_e8
 
 _CHUNK = 32768  # columns at once: enough for two cores, little enough for their caches
 _SHIFT = tuple(0.5 + i / 16 for i in range(8))
-STEP_UNIT = 512  # steps are multiples of 1/512: exact in fp16, times what kernels make of them
+STEP_UNIT = 512  # steps are multiples of 1/512, and below q/32 (1/2, at 3 bits 1 is as far as fp16 goes in kernels)
 
 
 @dataclass(frozen=True)
