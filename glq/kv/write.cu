@@ -1,14 +1,13 @@
 // New tokens' keys and values into a paged E8 cache (glq/kv/pages.py): rotated, rounded to words as glq/kv/codec.py does it, stored.
 //
-// A block has one head vector. At 4 and 3 bits a thread tries one step for one word; at 2 bits a thread looks through half a word's
-// entries of one coset. Points of the lattice are integers from where they are rounded.
+// A block has one head vector. At 4 and 3 bits a thread tries one step for one word; at 2 bits a warp looks for a word in the half table.
+// Points of the lattice are integers from where they are rounded.
 // Macros, besides BF16 (the type of keys and values): DIM, KEY_BITS, VALUE_BITS, PAGE_TOKENS, THREADS.
 
 static constexpr int WORDS = DIM / 8, TRIES = 9;
 
 struct Scratch {
   float x[DIM], error[WORDS][TRIES], products[WORDS], squares[WORDS], divisor;
-  int found[WORDS][TRIES];  // at 2 bits: entries
 };
 __device__ __forceinline__ u16 finite_half(float v) {
   const u16 h = (u16)pack_half(v, 0);
@@ -116,55 +115,83 @@ template <int COUNT> __device__ __forceinline__ int least(const float* v) {
   return at;
 }
 
-template <int BITS> __device__ __forceinline__ void encode(Scratch& s, u8* row, const uint2* halves) {
-  constexpr int PARTS = BITS == 2 ? 8 : TRIES;
-  const int word = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
+__device__ __forceinline__ bool is_less(float a, int a_at, float b, int b_at) { return a < b || (a == b && a_at < b_at); }
+
+// At 4 and 3 bits.
+template <int BITS> __device__ __forceinline__ void encode_shaped(Scratch& s, u8* row) {
+  const int word = threadIdx.x / TRIES, attempt = threadIdx.x % TRIES;
   const float* const x = s.x + 8 * word;
   float values[8];
-  if constexpr (BITS > 2) {
-    u32 found = 0;
-    if (word < WORDS) {
-      found = try_step<BITS>(values, x, part);
-      float error = 0;
+  u32 found = 0;
+  if (word < WORDS) {
+    found = try_step<BITS>(values, x, attempt);
+    float error = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) error += (x[i] - values[i]) * (x[i] - values[i]);
+    s.error[word][attempt] = error;
+  }
+  __syncthreads();
+  if (word < WORDS && least<TRIES>(s.error[word]) == attempt) {
+    store_word(row, word, found, BITS);
+    fit_word(s, word, x, values);
+  }
+}
+
+// At 2 bits: lanes 8 c to 8 c + 7 look through coset c, for both halves of a word.
+__device__ __forceinline__ void encode_factored(Scratch& s, u8* row, const uint2* halves) {
+  const int lane = threadIdx.x % 32, coset = lane / 8;
+  auto entry = [&](float* v, int at) {
+    const uint2 raw = halves[at];
+    v[0] = from_half((u16)raw.x), v[1] = from_half((u16)(raw.x >> 16)), v[2] = from_half((u16)raw.y), v[3] = from_half((u16)(raw.y >> 16));
+  };
+  for (int word = threadIdx.x / 32; word < WORDS; word += THREADS / 32) {
+    float x[8], best[2] = {1e30f, 1e30f};
+    int found[2] = {0, 0};
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = s.x[8 * word + j];
+    #pragma unroll 4
+    for (int i = lane % 8; i < 128; i += 8) {
+      float v[4], norm = 0;
+      entry(v, 128 * coset + i);
       #pragma unroll
-      for (int i = 0; i < 8; ++i) error += (x[i] - values[i]) * (x[i] - values[i]);
-      s.error[word][part] = error;
-    }
-    __syncthreads();
-    if (word < WORDS && least<TRIES>(s.error[word]) == part) {
-      store_word(row, word, found, BITS);
-      fit_word(s, word, x, values);
-    }
-  } else {
-    auto entry = [&](float* v, int at) {
-      const uint2 raw = halves[at];
-      v[0] = from_half((u16)raw.x), v[1] = from_half((u16)(raw.x >> 16)), v[2] = from_half((u16)raw.y), v[3] = from_half((u16)(raw.y >> 16));
-    };
-    if (word < WORDS) {
-      const int coset = part / 2, half = part % 2;
-      float best = 1e30f;
-      int found = 0;
-      for (int i = 0; i < 128; ++i) {
-        entry(values, 128 * coset + i);
-        float distance = 0;
+      for (int j = 0; j < 4; ++j) norm += v[j] * v[j];
+      #pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float distance = norm / 2;
         #pragma unroll
-        for (int j = 0; j < 4; ++j) distance += values[j] * (values[j] / 2 - x[4 * half + j]);
-        if (distance < best) best = distance, found = i;
+        for (int j = 0; j < 4; ++j) distance -= v[j] * x[4 * half + j];
+        if (distance < best[half]) best[half] = distance, found[half] = i;
       }
-      s.error[word][part] = best;
-      s.found[word][part] = found;
     }
-    __syncthreads();
-    if (word < WORDS && part == 0) {
-      float error[4];
-      for (int i = 0; i < 4; ++i) error[i] = s.error[word][2 * i] + s.error[word][2 * i + 1];
-      const int coset = least<4>(error), first = s.found[word][2 * coset], second = s.found[word][2 * coset + 1];
-      store_word(row, word, (u32)((coset * 128 + first) * 128 + second), BITS);
-      entry(values, 128 * coset + first);
-      entry(values + 4, 128 * coset + second);
+    #pragma unroll
+    for (int half = 0; half < 2; ++half)
+      #pragma unroll
+      for (int m = 1; m < 8; m *= 2) {
+        const float other = __shfl_xor_sync(~0u, best[half], m);
+        const int at = __shfl_xor_sync(~0u, found[half], m);
+        if (is_less(other, at, best[half], found[half])) best[half] = other, found[half] = at;
+      }
+    float error = best[0] + best[1];
+    int code = (coset * 128 + found[0]) * 128 + found[1];
+    #pragma unroll
+    for (int m = 8; m < 32; m *= 2) {
+      const float other = __shfl_xor_sync(~0u, error, m);
+      const int of_other = __shfl_xor_sync(~0u, code, m);
+      if (is_less(other, of_other, error, code)) error = other, code = of_other;
+    }
+    if (lane == 0) {
+      float values[8];
+      entry(values, code / 128);
+      entry(values + 4, code / 16384 * 128 + code % 128);
+      store_word(row, word, (u32)code, 2);
       fit_word(s, word, x, values);
     }
   }
+}
+
+template <int BITS> __device__ __forceinline__ void encode(Scratch& s, u8* row, const uint2* halves) {
+  if constexpr (BITS > 2) encode_shaped<BITS>(s, row);
+  else encode_factored(s, row, halves);
 }
 
 // keys, values [tokens][kv_heads][DIM]; slots: page · PAGE_TOKENS + place in it, negative where a token is not kept. Grid: tokens, 2 · kv_heads.
