@@ -9,9 +9,12 @@ from glq.allocation import Plan, make_plan
 from glq.checkpoint import refuse_existing
 from glq.codecs import DEFAULT_CODECS
 from glq.errors import GlqError
-from glq.machine import pick_device
+from glq.machine import describe, pick_device
 from glq.pipeline import Result, Settings, round_model
 from glq.progress import Listener, silent
+from glq.publishing import base_model
+from glq.rendering import write_pages
+from glq.report import make_report
 from glq.spread import pick_devices
 from glq.tuning import TuneSettings, split_text, tune
 
@@ -35,7 +38,8 @@ def quantize(
     rounding is shared out, instead of `device`; the first does the rest, and the bytes are those of one alone. mixed:
     let layers differ in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this
     one instead of measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the
-    model, the text, the settings or `out` are not fit for it; nothing is overwritten.
+    model, the text, the settings or `out` are not fit for it; nothing is overwritten. Beside the checkpoint lie
+    report.html, report.json and a model card.
     """
     settings = settings or Settings(bits=3 if plan is None else plan.bits)
     if plan is not None and plan.bits != settings.bits:
@@ -81,4 +85,13 @@ def quantize(
             )
             tuned = tune(rounded, out, model, tuning, text=calibration, device=device, progress=progress)
         result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))
+    report = make_report(
+        out,
+        base=base_model(model),
+        seconds=result.seconds,
+        peak_bytes=result.peak_bytes,
+        device=describe(pick_device(device)),
+        tuned=result.tuned,
+    )
+    write_pages(out, report)
     return result
