@@ -45,7 +45,8 @@ def push(
     """Upload a checkpoint with its card and report to the Hugging Face hub, after checking every byte."""
     with plain_errors():
         from glq.publishing import push as run
-        from glq.rendering import CARD, MARK
+        from glq.rendering import CARD, MARK, render_card
+        from glq.report import REPORT, read_report
 
         card = model / CARD
         if not card.is_file():
@@ -55,6 +56,8 @@ def push(
             say("the card states no licence: the original's directory had none")
         if MARK in text and "Not evaluated yet" in text:
             say(f"the card has no figures: glq eval {model} --reference ORIGINAL adds them")
+        if MARK in text and (model / REPORT).is_file():
+            card.write_text(render_card(read_report(model) | {"name": name}), encoding="utf-8")
         say(run(model, name, private=private, message=message, endpoint=endpoint))
 
 
