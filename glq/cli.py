@@ -11,8 +11,7 @@ import typer
 from rich.table import Table
 
 from glq import __version__
-from glq.commands import doctor, plan
-from glq.commands.console import bar as _bar
+from glq.commands import doctor, evaluate, plan, publish, talk
 from glq.commands.console import out as _out
 from glq.commands.console import plain_errors as _plain_errors
 from glq.commands.console import progress as _progress
@@ -163,52 +162,6 @@ def tune_command(
         )
 
 
-@app.command("eval")
-def evaluate_command(
-    models: Annotated[list[str], typer.Argument(help="checkpoints to score")],
-    reference: Annotated[str, typer.Option(help="the model before quantization")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
-    tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
-    ctx: Annotated[int, typer.Option(help="tokens in one window")] = 1024,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
-) -> None:
-    """Perplexity, KL divergence and top-1 agreement with the reference."""
-    with _plain_errors():
-        from glq.evaluation import evaluate
-
-        with _bar() as bar:
-            task = bar.add_task("evaluating", total=None)
-            scores = evaluate(
-                reference,
-                list(models),
-                text=text,
-                tokens=tokens,
-                ctx=ctx,
-                device=device,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        table = Table("", "size", "stored bits", "perplexity", "KL", "KL p99", "top-1")
-        rows = []
-        for name, score in zip([reference, *models], scores, strict=True):
-            bits = _stored_bits(name)
-            rows.append({"model": str(name), "bits": bits, **asdict(score)})
-            table.add_row(
-                "reference" if not rows[1:] else str(name),
-                f"{score.weight_bytes / 1e6:.1f} MB",
-                "16" if bits is None else f"{bits:.3f}",
-                f"{score.perplexity:.2f}",
-                f"{score.kl:.4f}",
-                f"{score.kl_p99:.3f}",
-                f"{score.top1:.1%}",
-            )
-        if json_file is not None:
-            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        _out.print(table)
-        if any(score.nonfinite for score in scores):
-            raise GlqError("some logits were NaN or infinite: see `nonfinite` in --json")
-
-
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="checkpoint directory or name")],
@@ -322,6 +275,11 @@ def version() -> None:
 
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(publish.compare)
+app.command("push")(publish.push)
+app.command("chat")(talk.chat)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(talk.serve)
 
 
 def _info_upstream(model: Path, as_json: bool) -> None:
@@ -339,17 +297,3 @@ def _info_upstream(model: Path, as_json: bool) -> None:
         f"quantized: {found.nbytes:,} bytes × 8 ÷ {found.weights:,} weights = {found.bits:.4f} bits; "
         f"other tensors: {found.other_bytes:,} bytes"
     )
-
-
-def _stored_bits(model: str) -> float | None:
-    """Stored bits a quantized weight of a glq checkpoint; None for any other model."""
-    from glq.checkpoint import is_upstream_checkpoint, read_config, summarize
-
-    try:
-        if is_upstream_checkpoint(Path(model)):
-            from glq.upstream.convert import inspect_upstream
-
-            return inspect_upstream(model).bits
-        return summarize(Path(model), read_config(Path(model))).bits
-    except GlqError:
-        return None

@@ -21,6 +21,13 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def describe(device: torch.device) -> str:
+    """Its name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes; 0 where the system does not tell."""
     try:

@@ -9,9 +9,12 @@ from glq.allocation import Plan, make_plan
 from glq.checkpoint import refuse_existing
 from glq.codecs import DEFAULT_CODECS
 from glq.errors import GlqError
-from glq.machine import pick_device
+from glq.machine import describe, pick_device
 from glq.pipeline import Result, Settings, round_model
 from glq.progress import Listener, silent
+from glq.publishing import base_model
+from glq.rendering import write_pages
+from glq.report import make_report
 from glq.spread import pick_devices
 from glq.tuning import TuneSettings, split_text, tune
 
@@ -37,7 +40,8 @@ def quantize(
     let layers differ in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this
     one instead of measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the
     model, the text, the settings or `out` are not fit for it; nothing is overwritten. After a crash, Ctrl-C or a full
-    disk, a call with the same arguments goes on at the last block that was finished; restart: begin anew.
+    disk, a call with the same arguments goes on at the last block that was finished; restart: begin anew. Beside the
+    checkpoint lie report.html, report.json and a model card.
     """
     settings = settings or Settings(bits=3 if plan is None else plan.bits)
     if plan is not None and plan.bits != settings.bits:
@@ -80,6 +84,15 @@ def quantize(
         finally:
             shutil.rmtree(into, ignore_errors=True)
         result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))
+    report = make_report(
+        out,
+        base=base_model(model),
+        seconds=result.seconds,
+        peak_bytes=result.peak_bytes,
+        device=describe(pick_device(device)),
+        tuned=result.tuned,
+    )
+    write_pages(out, report)
     return result
 
 

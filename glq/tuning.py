@@ -32,6 +32,8 @@ from glq.machine import pick_device
 from glq.naming import Naming
 from glq.progress import Listener, Progress, silent
 from glq.quant_experts import QuantExperts
+from glq.rendering import write_pages
+from glq.report import REPORT, after_tuning, read_report
 from glq.sampling import sample_windows
 from glq.writer import CheckpointWriter
 
@@ -120,6 +122,8 @@ def tune(
         gains = {name.removesuffix(".gain"): p for name, p in trainable.items() if name.endswith(".gain")}
         _write(path, writer, Naming(student), replaced, {name: gain.detach().cpu() for name, gain in gains.items()})
         writer.commit()
+    if (Path(out) / REPORT).is_file():
+        write_pages(Path(out), after_tuning(read_report(out), Path(out).name, result.before, result.after))
     return result
 
 

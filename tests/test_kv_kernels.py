@@ -34,7 +34,7 @@ decode_all(const u32* words, u32* out, const uint4* from) {
 @emulated
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_words_decode_as_the_codec_has_them(bits):
-    """Up to fp16's rounding of β/2 and of the product; among random words are ties of every kind."""
+    """Up to fp16's rounding of the product."""
     codec = kv_codec(bits).codec
     words = torch.randint(0, 2**codec.code_bits, (16384, 2))
     as_int = torch.where(words < 2**31, words, words - 2**32).int()

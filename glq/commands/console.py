@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,12 +33,12 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except GlqError as error:
-        err.print(f"[red]glq:[/red] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[red]glq:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 def say(line: str) -> None:
-    out.print(line, highlight=False, soft_wrap=True)
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -101,11 +101,12 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
   float* const rows = (float*)(fragments + HEADS8 * KEY_PAIRS * 4 * 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   let_next_start();
-  constexpr int FROM = KEY_BITS == 2 && VALUE_BITS == 2 ? HALVES_AT : 0, SKIPPED = KEY_BITS == 2 || VALUE_BITS == 2 ? 0 : sizeof(tables.halves);
-  for (int i = FROM / 16 + threadIdx.x; i < (int)(sizeof(Tables) - SKIPPED) / 16; i += 32 * WARPS) {
-    const int at = SKIPPED && i >= HALVES_AT / 16 ? i + SKIPPED / 16 : i;
-    ((uint4*)memory)[at] = of_tables[at];
-  }
+  auto fill = [&](int from, int end) {
+    for (int i = from / 16 + threadIdx.x; i < end / 16; i += 32 * WARPS) ((uint4*)memory)[i] = of_tables[i];
+  };
+  if (KEY_BITS == 4 || VALUE_BITS == 4) fill(0, STEPS_AT[0]);
+  if (KEY_BITS == 3 || VALUE_BITS == 3) fill(STEPS_AT[0], HALVES_AT);
+  if (KEY_BITS == 2 || VALUE_BITS == 2) fill(HALVES_AT, sizeof(Tables));
   wait_for_previous();
 
   const Share share = share_of(lengths, window, kv_heads);
@@ -312,22 +313,28 @@ join_shares(const float* parts, u16* out, int shares, int out_row, int out_head)
   let_next_start();
   const float* const mine = parts + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * shares * (DIM + 2);
   wait_for_previous();
+  const int lane = threadIdx.x % 32;  // each warp finds the shares' weights for itself
   float top = LOWEST, all = 0;
-  for (int i = 0; i < shares; ++i) top = max(top, mine[i * (DIM + 2) + DIM]);
-  for (int i = threadIdx.x; i < shares; i += 128) {
+  for (int i = lane; i < shares; i += 32) top = max(top, mine[i * (DIM + 2) + DIM]);
+  #pragma unroll
+  for (int m = 1; m < 32; m *= 2) top = max(top, __shfl_xor_sync(~0u, top, m));
+  for (int i = lane; i < shares; i += 32) {
     const float* const part = mine + i * (DIM + 2) + DIM;
-    share_of[i] = part[1] == 0 ? 0 : power_of_2(part[0] - top);
+    const float weight = part[1] == 0 ? 0 : power_of_2(part[0] - top);
+    if (threadIdx.x < 32) share_of[i] = weight;
+    all += weight * part[1];
   }
+  #pragma unroll
+  for (int m = 1; m < 32; m *= 2) all += __shfl_xor_sync(~0u, all, m);
   __syncthreads();
-  for (int i = 0; i < shares; ++i) all += share_of[i] * mine[i * (DIM + 2) + DIM + 1];
   for (int c = threadIdx.x; c < DIM; c += 128) {
     float total = 0;
-    #pragma unroll 4
+    #pragma unroll 16
     for (int i = 0; i < shares; ++i) total += share_of[i] == 0 ? 0 : share_of[i] * mine[i * (DIM + 2) + c];
     x[c] = all == 0 ? 0 : total / all;
   }
   __syncthreads();
-  if (threadIdx.x < 32) mix(x, threadIdx.x);
+  if (threadIdx.x < 32) mix(x, lane);
   __syncthreads();
   u16* const to = out + (size_t)blockIdx.y * out_row + blockIdx.x * out_head;
   for (int c = threadIdx.x; c < DIM; c += 128) to[c] = to_out(x[c]);

@@ -35,7 +35,7 @@ class Plan:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: tables, q and its rotation; then the warps' sums."""
-        tables = 16384 + 512 + 4096 + 16
+        tables = 5504 + 896 + 4096
         q = self.heads8 * (8 * self.layout.head_dim * 4 + ceil(self.layout.head_dim / 64) * 4 * 32 * 8)
         return max(tables + q, self.warps * self.sums * 128)
 

@@ -19,15 +19,16 @@ def source(dtype: torch.dtype, layout: PageLayout) -> nvrtc.Source:
         "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits,
         "PAGE_TOKENS": layout.page_tokens,
-        "THREADS": threads(layout.head_dim),
+        "THREADS": threads(layout),
     }
     files = ("ops/ptx.cuh", "ops/hadamard.cuh", "kv/mix.cuh", "kv/write.cu")
     return nvrtc.Source(files, tuple(macros.items()))
 
 
-def threads(head_dim: int) -> int:
-    """Of a block: nine for each word, as many as a word has scales to be tried."""
-    return 32 * ceil(head_dim // 8 * 9 / 32)
+def threads(layout: PageLayout) -> int:
+    """Of a block: nine for each word, as many as a word has steps to be tried; at 2 bits a warp, of 16 at most."""
+    words = layout.head_dim // 8
+    return 32 * (min(words, 16) if 2 in (layout.key_bits, layout.value_bits) else ceil(words * 9 / 32))
 
 
 def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor, gpu: nvrtc.Launcher) -> None:
@@ -43,4 +44,4 @@ def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots
         return
     tensors = (keys, values, slots.long(), device_tables(keys.device)[halves_at() :], pages)
     sizes = (heads, pages.stride(0), *keys.stride()[:2], *values.stride()[:2])
-    gpu.launch(source(keys.dtype, layout), "write_tokens", (tokens, 2 * heads), threads(dim), 0, *tensors, *sizes)
+    gpu.launch(source(keys.dtype, layout), "write_tokens", (tokens, 2 * heads), threads(layout), 0, *tensors, *sizes)

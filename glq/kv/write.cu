@@ -1,47 +1,17 @@
 // New tokens' keys and values into a paged E8 cache (glq/kv/pages.py): rotated, rounded to words as glq/kv/codec.py does it, stored.
 //
-// A block has one head vector. Nested E8: a thread tries one scale for one word. E8 at 2 bits: a thread looks through half a word's
-// entries of one coset. Points of the lattice are integers from where they are rounded.
+// A block has one head vector. At 4 and 3 bits a thread tries one step for one word; at 2 bits a warp looks for a word in the half table.
+// Points of the lattice are integers from where they are rounded.
 // Macros, besides BF16 (the type of keys and values): DIM, KEY_BITS, VALUE_BITS, PAGE_TOKENS, THREADS.
 
 static constexpr int WORDS = DIM / 8, TRIES = 9;
 
 struct Scratch {
   float x[DIM], error[WORDS][TRIES], products[WORDS], squares[WORDS], divisor;
-  int found[WORDS][TRIES];  // at 2 bits: entries
 };
 __device__ __forceinline__ u16 finite_half(float v) {
   const u16 h = (u16)pack_half(v, 0);
   return (h & 0x7C00) == 0x7C00 ? 0x7E00 : h;
-}
-
-// The shortest vector of y + 2q E8, y with y7 below q: docs/FORMAT.md, "Nested E8".
-template <int Q> __device__ __forceinline__ void shorten(int* d, const int* y) {
-  int norm[2], flip[2], sign[2];
-  #pragma unroll
-  for (int coset = 0; coset < 2; ++coset) {
-    int odd = 0, largest = -1;
-    norm[coset] = 0;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int v = y[i] - Q * coset + 64 * Q;  // 64 q: an even number of periods, and positive
-      const int r = (v + Q) / (2 * Q);
-      odd ^= r;
-      v -= 2 * Q * r;
-      const int size = v < 0 ? -v : v;
-      norm[coset] += size * size;
-      if (size > largest) largest = size, flip[coset] = i, sign[coset] = v > 0 ? -1 : 1;
-    }
-    if (odd & 1) norm[coset] += 4 * Q * (Q - largest);
-    else flip[coset] = -1;
-  }
-  const int coset = norm[1] < norm[0];
-  #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int v = y[i] - Q * coset + 64 * Q;
-    v -= 2 * Q * ((v + Q) / (2 * Q));
-    d[i] = i == (coset ? flip[1] : flip[0]) ? v + 2 * Q * (coset ? sign[1] : sign[0]) : v;
-  }
 }
 
 // Twice the point of E8 nearest to t.
@@ -78,45 +48,53 @@ __device__ __forceinline__ void nearest(int* y, const float* t) {
   }
 }
 
-// One scale tried for one word; returns the word. values: what it stands for.
-template <int BITS> __device__ __forceinline__ u32 try_scale(float* values, const float* x, int attempt) {
-  constexpr int Q = BITS == 4 ? 12 : 6, LOW = BITS == 4 ? 4 : 2;
-  constexpr float BETAS[2][8] = {{.224f, .267f, .302f, .333f, .368f, .406f, .471f, .682f}, {.449f, .533f, .619f, .700f, .772f, .874f, 1.014f, 1.363f}};
-  constexpr float LARGEST = BETAS[4 - BITS][7], REACH = (float)((BITS == 4 ? .682 : 1.363) * (Q / 1.4142135623730951 - 1));
-  const int scale = min(attempt, 7);
-  float beta = LARGEST;
+// One step tried for one word; returns the word. values: what it stands for. (glq/kv/shaped.py)
+template <int BITS> __device__ __forceinline__ u32 try_step(float* values, const float* x, int attempt) {
+  constexpr int Q = 1 << BITS;
+  constexpr float STEPS[2][8] = {{151, 179, 207, 237, 268, 306, 358, 480}, {87, 104, 116, 128, 139, 153, 175, 240}};
+  constexpr float LARGEST = STEPS[BITS - 3][7] / 512, REACH = LARGEST * ((Q - 2) / 1.4142135623730951);
+  const int index = min(attempt, 7);
+  float step = LARGEST;
   #pragma unroll
-  for (int i = 0; i < 7; ++i) if (scale == i) beta = BETAS[4 - BITS][i];
-  float t[8], energy = 0;
+  for (int i = 0; i < 7; ++i) if (index == i) step = STEPS[BITS - 3][i] / 512;
+  float t[8], turned[8], energy = 0;
   #pragma unroll
   for (int i = 0; i < 8; ++i) energy += x[i] * x[i];
   const float shrink = attempt == 8 ? min(REACH / max(sqrtf(energy), 1e-30f), 1.0f) : 1;  // inside the region for sure
   #pragma unroll
-  for (int i = 0; i < 8; ++i) t[i] = x[i] / beta * shrink - (i == 0 ? 0.5f : 0);
-  int y[8], c[8], d[8], sum = 0;
-  nearest(y, t);
-  auto digit = [](int v) { return (v + 1024 * Q) % Q; };
+  for (int i = 0; i < 8; ++i) t[i] = x[i] / step * shrink - (0.5f + i / 16.0f);
   #pragma unroll
-  for (int i = 0; i < 6; ++i) sum += c[i] = (y[i] - y[7]) / 2;
-  c[6] = digit((y[6] - y[7] - 2 * sum) / 4);
-  c[7] = digit(y[7]);
-  u32 word = (u32)scale << (BITS == 4 ? 29 : 21), number = 0, place = 1;
-  sum = 0;
+  for (int i = 0; i < 4; ++i) {
+    turned[i] = (t[i] + t[i + 4]) / 2;
+    turned[i + 4] = (i == 0 ? t[4] - t[0] : t[i] - t[i + 4]) / 2;
+  }
+  int y[8], point[8], odd = 0;
+  nearest(y, turned);
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int difference = i == 0 ? -y[4] : y[i + 4];
+    point[i] = (y[i] + difference) / 2;
+    point[i + 4] = (y[i] - difference) / 2;
+  }
+  u32 word = 0;
+  int largest = 0;
+  float top = -1;
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (i < 6) sum += c[i] = digit(c[i]);
-    word |= (u32)(c[i] % LOW) << i * (LOW / 2);
-    number += c[i] / LOW * place;
-    place *= 3;
+    const int from_lowest = point[i] + Q / 2 + 1024 * Q, field = from_lowest % Q;  // 1024: even
+    odd ^= from_lowest / Q & 1;
+    word |= (u32)(i < 4 ? field : field & ~1) << i * BITS;
+    values[i] = field - Q / 2 + 0.5f + i / 16.0f;
+    if (fabsf(values[i]) > top) top = fabsf(values[i]), largest = i;
   }
-  word |= number << 8 * (LOW / 2);
+  word |= (u32)odd << 4 * BITS;
   #pragma unroll
-  for (int i = 0; i < 6; ++i) y[i] = 2 * c[i] + c[7] + (i == 0);
-  y[6] = 2 * sum + 4 * c[6] + c[7];
-  y[7] = c[7];
-  shorten<Q>(d, y);
+  for (int i = 0; i < 3; ++i) word |= (u32)(index >> i & 1) << (5 + i) * BITS;
   #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = d[i] * (beta / 2);
+  for (int i = 0; i < 8; ++i) {
+    if (odd && i == largest) values[i] += values[i] > 0 ? -Q : Q;
+    values[i] *= step;
+  }
   return word;
 }
 
@@ -137,55 +115,83 @@ template <int COUNT> __device__ __forceinline__ int least(const float* v) {
   return at;
 }
 
-template <int BITS> __device__ __forceinline__ void encode(Scratch& s, u8* row, const uint2* halves) {
-  constexpr int PARTS = BITS == 2 ? 8 : TRIES;
-  const int word = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
+__device__ __forceinline__ bool is_less(float a, int a_at, float b, int b_at) { return a < b || (a == b && a_at < b_at); }
+
+// At 4 and 3 bits.
+template <int BITS> __device__ __forceinline__ void encode_shaped(Scratch& s, u8* row) {
+  const int word = threadIdx.x / TRIES, attempt = threadIdx.x % TRIES;
   const float* const x = s.x + 8 * word;
   float values[8];
-  if constexpr (BITS > 2) {
-    u32 found = 0;
-    if (word < WORDS) {
-      found = try_scale<BITS>(values, x, part);
-      float error = 0;
+  u32 found = 0;
+  if (word < WORDS) {
+    found = try_step<BITS>(values, x, attempt);
+    float error = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) error += (x[i] - values[i]) * (x[i] - values[i]);
+    s.error[word][attempt] = error;
+  }
+  __syncthreads();
+  if (word < WORDS && least<TRIES>(s.error[word]) == attempt) {
+    store_word(row, word, found, BITS);
+    fit_word(s, word, x, values);
+  }
+}
+
+// At 2 bits: lanes 8 c to 8 c + 7 look through coset c, for both halves of a word.
+__device__ __forceinline__ void encode_factored(Scratch& s, u8* row, const uint2* halves) {
+  const int lane = threadIdx.x % 32, coset = lane / 8;
+  auto entry = [&](float* v, int at) {
+    const uint2 raw = halves[at];
+    v[0] = from_half((u16)raw.x), v[1] = from_half((u16)(raw.x >> 16)), v[2] = from_half((u16)raw.y), v[3] = from_half((u16)(raw.y >> 16));
+  };
+  for (int word = threadIdx.x / 32; word < WORDS; word += THREADS / 32) {
+    float x[8], best[2] = {1e30f, 1e30f};
+    int found[2] = {0, 0};
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = s.x[8 * word + j];
+    #pragma unroll 4
+    for (int i = lane % 8; i < 128; i += 8) {
+      float v[4], norm = 0;
+      entry(v, 128 * coset + i);
       #pragma unroll
-      for (int i = 0; i < 8; ++i) error += (x[i] - values[i]) * (x[i] - values[i]);
-      s.error[word][part] = error;
-    }
-    __syncthreads();
-    if (word < WORDS && least<TRIES>(s.error[word]) == part) {
-      store_word(row, word, found, BITS);
-      fit_word(s, word, x, values);
-    }
-  } else {
-    auto entry = [&](float* v, int at) {
-      const uint2 raw = halves[at];
-      v[0] = from_half((u16)raw.x), v[1] = from_half((u16)(raw.x >> 16)), v[2] = from_half((u16)raw.y), v[3] = from_half((u16)(raw.y >> 16));
-    };
-    if (word < WORDS) {
-      const int coset = part / 2, half = part % 2;
-      float best = 1e30f;
-      int found = 0;
-      for (int i = 0; i < 128; ++i) {
-        entry(values, 128 * coset + i);
-        float distance = 0;
+      for (int j = 0; j < 4; ++j) norm += v[j] * v[j];
+      #pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float distance = norm / 2;
         #pragma unroll
-        for (int j = 0; j < 4; ++j) distance += values[j] * (values[j] / 2 - x[4 * half + j]);
-        if (distance < best) best = distance, found = i;
+        for (int j = 0; j < 4; ++j) distance -= v[j] * x[4 * half + j];
+        if (distance < best[half]) best[half] = distance, found[half] = i;
       }
-      s.error[word][part] = best;
-      s.found[word][part] = found;
     }
-    __syncthreads();
-    if (word < WORDS && part == 0) {
-      float error[4];
-      for (int i = 0; i < 4; ++i) error[i] = s.error[word][2 * i] + s.error[word][2 * i + 1];
-      const int coset = least<4>(error), first = s.found[word][2 * coset], second = s.found[word][2 * coset + 1];
-      store_word(row, word, (u32)((coset * 128 + first) * 128 + second), BITS);
-      entry(values, 128 * coset + first);
-      entry(values + 4, 128 * coset + second);
+    #pragma unroll
+    for (int half = 0; half < 2; ++half)
+      #pragma unroll
+      for (int m = 1; m < 8; m *= 2) {
+        const float other = __shfl_xor_sync(~0u, best[half], m);
+        const int at = __shfl_xor_sync(~0u, found[half], m);
+        if (is_less(other, at, best[half], found[half])) best[half] = other, found[half] = at;
+      }
+    float error = best[0] + best[1];
+    int code = (coset * 128 + found[0]) * 128 + found[1];
+    #pragma unroll
+    for (int m = 8; m < 32; m *= 2) {
+      const float other = __shfl_xor_sync(~0u, error, m);
+      const int of_other = __shfl_xor_sync(~0u, code, m);
+      if (is_less(other, of_other, error, code)) error = other, code = of_other;
+    }
+    if (lane == 0) {
+      float values[8];
+      entry(values, code / 128);
+      entry(values + 4, code / 16384 * 128 + code % 128);
+      store_word(row, word, (u32)code, 2);
       fit_word(s, word, x, values);
     }
   }
+}
+
+template <int BITS> __device__ __forceinline__ void encode(Scratch& s, u8* row, const uint2* halves) {
+  if constexpr (BITS > 2) encode_shaped<BITS>(s, row);
+  else encode_factored(s, row, halves);
 }
 
 // keys, values [tokens][kv_heads][DIM]; slots: page · PAGE_TOKENS + place in it, negative where a token is not kept. Grid: tokens, 2 · kv_heads.

@@ -14,6 +14,7 @@
 
 #define __device__
 #define __global__
+#define __constant__ static
 #define __forceinline__ inline
 #define __align__(n)
 #define __launch_bounds__(...)

@@ -1,0 +1,92 @@
+"""`glq chat` and `glq serve`: trying a checkpoint."""
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glq.commands.console import plain_errors, say
+from glq.errors import GlqError
+
+if TYPE_CHECKING:
+    from glq.chat import Chat
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="checkpoint directory or name")],
+    system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
+    max_tokens: Annotated[int, typer.Option(help="new tokens of an answer at most")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    kv_bits: Annotated[int | None, typer.Option(help="bits of the KV cache: 4, 3 or 2; default: 16 or 32")] = None,
+) -> None:
+    """Talk to a model in the terminal. /reset forgets, Ctrl-C stops an answer, /quit or Ctrl-D ends."""
+    with plain_errors():
+        from glq.chat import Chat
+        from glq.hf_integration import load
+        from glq.hub import load_tokenizer, resolve
+        from glq.kv.codec import kv_codec
+
+        if kv_bits is not None:
+            kv_codec(kv_bits)  # refused before anything is loaded
+        tokenizer = load_tokenizer(resolve(model))
+        options = {"system": system, "max_tokens": max_tokens, "temperature": temperature, "kv_bits": kv_bits}
+        talk = Chat(load(model, device=device), tokenizer, **options)  # type: ignore[arg-type]
+        if not tokenizer.chat_template:
+            say("this model has no chat template: it goes on with what you write")
+        say("/reset forgets what was said, Ctrl-C stops an answer, /quit ends")
+        _loop(talk)
+
+
+def _loop(talk: "Chat") -> None:
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            talk.reset()
+            say("forgotten")
+        elif text.startswith("/"):
+            say("commands are /reset and /quit")
+        elif text:
+            _answer(talk, text)
+
+
+def _answer(talk: "Chat", text: str) -> None:
+    """Print an answer as it comes; Ctrl-C ends it, and the conversation goes on."""
+    pieces = talk.say(text)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        talk.stop()
+        pieces.close()  # type: ignore[attr-defined]
+        sys.stdout.write(" …")
+    sys.stdout.write("\n")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="checkpoint directory")],
+) -> None:
+    """Serve a checkpoint with vLLM's OpenAI server; what follows DIR is passed on: glq serve out --port 8001."""
+    with plain_errors():
+        from glq.checkpoint import read_config
+
+        read_config(model)
+        command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if command is None or find_spec("vllm") is None:
+            raise GlqError(
+                "serving needs vLLM, which is not installed here: pip install 'glq[vllm]', or docs/serving.md for "
+                f"an image. Without it: glq chat {model}"
+            )
+        os.execv(command, [command, "serve", str(model), *context.args])

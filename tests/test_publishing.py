@@ -1,0 +1,72 @@
+"""`glq push` puts every file of a checkpoint onto a hub, byte for byte, and nothing of a damaged one."""
+
+import shutil
+
+import hub_server
+import pytest
+from typer.testing import CliRunner
+
+from glq.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    with hub_server.running() as found:
+        yield found
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "out")
+
+
+def push(hub, *arguments):
+    return runner.invoke(app, ["push", *map(str, arguments), "--endpoint", hub.url])
+
+
+def test_every_file_arrives(hub, checkpoint):
+    (checkpoint / ".private").write_text("not for others")
+    result = push(hub, checkpoint, "me/tiny", "--private", "--message", "the first")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.name != ".private"}
+    assert hub.repos["me/tiny"] == files
+    assert {"README.md", "report.html", "model.safetensors", "config.json"} <= files.keys()
+    assert b'from_pretrained("me/tiny")' in files["README.md"]
+    assert hub.private["me/tiny"]
+    assert hub.messages == ["the first"]
+    assert hub.tokens == {"Bearer hf_of_a_test"}
+    assert f"{hub.url}/me/tiny" in result.output
+    assert "states no licence" in result.output
+    assert "no figures" in result.output
+
+
+def test_a_damaged_checkpoint_stays_at_home(hub, checkpoint):
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = push(hub, checkpoint, "me/tiny")
+    assert result.exit_code == 2
+    assert "sha256 differs" in result.stderr
+    assert hub.repos == {}
+
+
+def test_what_the_hub_refuses_is_told_in_a_line(hub, checkpoint):
+    hub.refused.add("them/tiny")
+    result = push(hub, checkpoint, "them/tiny")
+    assert result.exit_code == 2
+    assert "the hub refused them/tiny" in result.stderr
+    assert "hf auth login" in result.stderr
+    assert result.stderr.count("\n") <= 2
+    result = push(hub, checkpoint, "tiny")
+    assert "named like you/model" in result.stderr
+    (checkpoint / "README.md").unlink()
+    result = push(hub, checkpoint, "me/tiny")
+    assert "has no README.md" in result.stderr
+    unreachable = runner.invoke(app, ["push", str(checkpoint), "me/x", "--endpoint", "http://127.0.0.1:9"])
+    assert unreachable.exit_code == 2
