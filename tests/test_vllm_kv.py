@@ -159,7 +159,7 @@ def assert_real(folder, vllm, cache, **options):  # noqa: F811
     apart, behind = differences(answer, model, prompts, lambda: cache(4, config=model.config, centre=False))
     full, _ = differences(answer, model, prompts, DynamicCache)
     print(f"log-probs: {apart.median()}, {apart.max()} at most; in 16 bits {full.median()}, {full.max()}")
-    assert apart.median() < 0.1 * full.median()
+    assert apart.median() < 0.3 * full.median()
     assert behind.median() == 0
 
 
