@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -87,8 +87,10 @@ def quantize(
         bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices to share out")
     ] = False,
     seed: _Seed = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="begin anew where a run was stopped")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
 ) -> None:
-    """Quantize a model's decoder layers."""
+    """Quantize a model's decoder layers. The same command goes on where an earlier one was stopped."""
     with _plain_errors():
         from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
@@ -115,7 +117,7 @@ def quantize(
             tensor_parallel=tp,
             side_by_side=side_by_side,
         )
-        with _progress() as listener:
+        with _progress(log_json) as listener:
             result = run(
                 model,
                 out,
@@ -126,6 +128,7 @@ def quantize(
                 calibration=calibration,
                 device=device,
                 devices=devices.split(",") if devices else (),
+                restart=restart,
                 progress=listener,
             )
         tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"
@@ -133,6 +136,10 @@ def quantize(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        for name, found in list(result.findings.items())[:5]:
+            _say(f"{name}: {'; '.join(found)}")
+        if len(result.findings) > 5:
+            _say(f"quantization.json has {len(result.findings) - 5} more findings like these")
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(
@@ -354,17 +361,26 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Listener]:
-    """A bar for each stage of long work."""
-    with _bar() as bar:
+def _progress(log: Path | None = None) -> Iterator[Listener]:
+    """A bar for each stage of long work, on a terminal; and a file of JSON lines."""
+    from glq.machine import peak_memory
+    from glq.progress import JsonLog
+
+    try:
+        file = None if log is None else log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise GlqError(f"cannot write {log}: {error.strerror}") from error
+    with _bar() as bar, file or nullcontext():
         tasks: dict[str, TaskID] = {}
+        written = None if file is None else JsonLog(file)
 
         def show(step: Step) -> None:
             if step.stage not in tasks:
                 tasks[step.stage] = bar.add_task(step.stage, total=step.total)
-            bar.update(
-                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
-            )
+            text = f"{step.stage} {step.note}  {peak_memory() / 1e9:.1f} GB"
+            bar.update(tasks[step.stage], completed=step.done, total=step.total, description=text)
+            if written is not None:
+                written(step)
 
         yield show
 
