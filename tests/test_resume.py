@@ -72,7 +72,8 @@ def test_it_goes_on_at_the_last_finished_block(at, run, whole, tmp_path):
 
 def test_embeddings_and_head_and_shards_go_on_too(run, tmp_path, monkeypatch):
     monkeypatch.setattr(glq.writer, "SHARD_BYTES", 30_000)
-    settings = replace(SETTINGS, embeddings=1.5, head=1.5)
+    monkeypatch.setattr("glq.pipeline.rate_codec", lambda bits: "e8-2")  # a trellis takes its time
+    settings = replace(SETTINGS, embeddings=2, head=2)
     run(settings=settings)
     expected = content(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*"))) > 2
