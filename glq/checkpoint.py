@@ -8,7 +8,7 @@ from typing import Any
 
 from glq.config import GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
-from glq.files import read_index, read_json, tensor_shapes
+from glq.files import is_file, read_index, read_json, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
 
 DIGESTS = "glq_sha256.json"  # of the weight files, so that damage is found where it cannot be seen
@@ -99,7 +99,7 @@ def _check_digests(path: Path, digests: dict[str, Any], files: frozenset[str]) -
     expected = digests["sha256"]
     for name in sorted(files | expected.keys()):
         file = path / Path(name).name
-        if not file.is_file() or file_digest(file) != expected.get(name):
+        if not is_file(file) or file_digest(file) != expected.get(name):
             raise GlqError(f"{file} is not the file that was written (sha256 differs): download the checkpoint again")
 
 

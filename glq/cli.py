@@ -66,8 +66,10 @@ def quantize(
         bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices to share out")
     ] = False,
     seed: _Seed = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="begin anew where a run was stopped")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
 ) -> None:
-    """Quantize a model's decoder layers."""
+    """Quantize a model's decoder layers. The same command goes on where an earlier one was stopped."""
     with _plain_errors():
         from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
@@ -99,7 +101,7 @@ def quantize(
             tensor_parallel=tp,
             side_by_side=side_by_side,
         )
-        with _progress() as listener:
+        with _progress(log_json) as listener:
             result = run(
                 model,
                 out,
@@ -110,6 +112,7 @@ def quantize(
                 calibration=calibration,
                 device=device,
                 devices=devices.split(",") if devices else (),
+                restart=restart,
                 progress=listener,
             )
         tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"
@@ -124,6 +127,10 @@ def quantize(
                 + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
                 + ". quantization.json names them"
             )
+        for name, found in list(result.findings.items())[:5]:
+            _say(f"{name}: {'; '.join(found)}")
+        if len(result.findings) > 5:
+            _say(f"quantization.json has {len(result.findings) - 5} more findings like these")
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(

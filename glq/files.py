@@ -16,6 +16,14 @@ SINGLE = "model.safetensors"
 MOST_JSON = 100_000_000  # bytes of an index or a config, the limit that safetensors has for its headers
 
 
+def is_file(file: Path) -> bool:
+    """Whether a file is there; a name that no system takes is none."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file that nobody vouches for: GlqError if it is none, too deep or too large."""
     try:
@@ -53,7 +61,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def tensor_names(file: Path) -> list[str]:
     """Names of the tensors of one file; GlqError if it is missing or damaged."""
-    if not file.is_file():
+    if not is_file(file):
         raise GlqError(f"{file} is missing: the model directory is incomplete")
     with opened(file) as f:
         return list(f.keys())

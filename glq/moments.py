@@ -17,13 +17,15 @@ class Moments:
 
     hessian: Tensor
     drift: Tensor
+    largest: float = 0.0  # |x̂|
 
     def to(self, device: torch.device) -> "Moments":
-        return Moments(self.hessian.to(device), self.drift.to(device))
+        return Moments(self.hessian.to(device), self.drift.to(device), self.largest)
 
     def mixed(self, other: "Moments", weight: float) -> "Moments":
         """With `weight` of the other's in it."""
-        return Moments(self.hessian.lerp(other.hessian, weight), self.drift.lerp(other.drift, weight))
+        both = (self.hessian.lerp(other.hessian, weight), self.drift.lerp(other.drift, weight))
+        return Moments(*both, self.largest)
 
 
 class Sums:
@@ -31,6 +33,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.count = 0
+        self._ends: list[Tensor] = []
         self._upper: Tensor | None = None
         self._drift: Tensor | None = None
 
@@ -40,6 +43,7 @@ class Sums:
         if self._upper is None or self._drift is None:
             self._upper, self._drift = x.new_zeros(n, n), x.new_zeros(n, n)
         self.count += x.shape[0]
+        self._ends += torch.aminmax(x_hat)
         third = -(-n // 3)
         for start in range(0, n, third):
             rows = slice(start, start + third)
@@ -50,7 +54,8 @@ class Sums:
         """To be asked for once: the sums become the means."""
         if self._upper is None or self._drift is None:
             raise RuntimeError("no inputs were added")
-        return Moments(_whole(self._upper).div_(self.count), self._drift.div_(self.count))
+        largest = torch.stack(self._ends).abs().max().item()
+        return Moments(_whole(self._upper).div_(self.count), self._drift.div_(self.count), largest)
 
 
 def _whole(upper: Tensor) -> Tensor:

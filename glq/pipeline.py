@@ -21,6 +21,7 @@ from glq.discovery import Call, capture, copied, final_states, look_ahead, run_b
 from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.files import INDEX
+from glq.findings import of_states
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.moments import PRIOR, Moments, moments_of
@@ -108,6 +109,7 @@ class Result:
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
     left: dict[str, str] = field(default_factory=dict)  # linear layers that stay as they are, and why
+    findings: dict[str, list[str]] = field(default_factory=dict)  # what could be wrong, by layers' or blocks' names
 
 
 def round_model(
@@ -155,12 +157,23 @@ def round_model(
             record["left"] = left
         if rounder.tokens:
             record["expert_tokens"] = rounder.tokens
+        if rounder.findings:
+            record["findings"] = rounder.findings
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
         if plan is not None:
             writer.add_json("glq_plan.json", plan)
         writer.commit()
     unreached = _unreached(rounder.tokens, source)
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, unreached=unreached, left=left)
+    return Result(
+        Path(out),
+        bits,
+        time.monotonic() - start,
+        peak_memory(),
+        errors,
+        unreached=unreached,
+        left=left,
+        findings=rounder.findings,
+    )
 
 
 def _refuse_unfit(source: SourceModel, settings: Settings, device: torch.device, out: Path) -> bool:
@@ -304,6 +317,7 @@ def _round(
         rounder(*map(choice, groups))
 
     def ended(block: int) -> None:
+        rounder.note(source.blocks[block], of_states(reference))
         states = {f"{name}.{i:06}": x for name, xs in both.items() for i, x in enumerate(xs)}
         writer.save({"blocks": block + 1} | rounder.to_dict(), states, last=block + 1 == len(source.blocks))
 
@@ -322,7 +336,8 @@ def _round(
         ended=ended,
     )
     for names, done, total in steps:
-        show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))
+        lost = rounder.stored[names[0]].lost
+        show(Progress("rounding", done, total, f"{names[0]}  error {lost:.4f}", names[0], lost))
     if settings.head is not None and not source.tied:
         states = final_states(source, batches, (reference, quantized), device)
         head = Group(source.as_linear(source.head, device), moments_of(states))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from glq import spread
+from glq import findings, spread
 from glq.calibration import Group
 from glq.codecs import Codec, get_codec
 from glq.codecs.packing import tile_rows
@@ -22,10 +22,12 @@ from glq.rotation import block_width, random_signs, rotate, unrotate
 from glq.rounding import (
     GraphedPanelRounder,
     PanelRounder,
+    Rounded,
     all_finite,
+    damped_factor,
+    energy,
     factor,
     feedback,
-    objective,
     round_matrix,
     round_panel,
     solve,
@@ -78,6 +80,7 @@ class GroupRounder:
     def __init__(self, writer: CheckpointWriter, devices: Sequence[torch.device], seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.findings: dict[str, list[str]] = {}
         self.writer, self.devices, self._seed, self._damping = writer, devices, seed, damping
         self._panels: list[PanelRounder] = [round_panel for _ in devices]
         if devices[0].type == "cuda":
@@ -93,17 +96,24 @@ class GroupRounder:
         """
         chosen = [part for choice in choices for part in self._parts(choice)]
         rounded = spread.run(self.devices, [self._task(part) for part in chosen])
-        for part, (packed, lost) in zip(chosen, rounded, strict=True):
+        for part, (packed, lost, found) in zip(chosen, rounded, strict=True):
             self._keep(part, packed, lost)
+            self.note(", ".join(part.layers), found, part.group.expert)
+
+    def note(self, name: str, found: list[str], expert: int | None = None) -> None:
+        """Have findings in the record, under a name."""
+        if found:
+            own = name if expert is None else name.replace("*", str(expert))
+            self.findings.setdefault(own, []).extend(found)
 
     def to_dict(self) -> dict[str, Any]:
         """What was done, as JSON."""
         stored = {name: [s.module.to_dict(), s.nbytes, s.lost] for name, s in self.stored.items()}
-        return {"stored": stored, "tokens": self.tokens}
+        return {"stored": stored, "tokens": self.tokens, "findings": self.findings}
 
     def restore(self, done: dict[str, Any]) -> None:
         """Go on after what another one did, in the form of `to_dict`."""
-        self.tokens = done["tokens"]
+        self.tokens, self.findings = done["tokens"], done["findings"]
         self.stored = {n: Stored(ModuleConfig(**module), *rest) for n, (module, *rest) in done["stored"].items()}
 
     def _parts(self, choice: Choice) -> Iterator["_Part"]:
@@ -120,14 +130,15 @@ class GroupRounder:
             alone = len(different) == 1 and group.expert is None
             yield _Part(group, layers, get_codec(codec), group_seed(self._seed, first), choice.shards, alone)
 
-    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float]]:
-        def work(index: int) -> tuple[list[PackedLinear], float]:
+    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float, list[str]]]:
+        def work(index: int) -> tuple[list[PackedLinear], float, list[str]]:
             device, members = self.devices[index], list(part.layers.values())
             there = members if index == 0 else [_moved(layer, device) for layer in members]
             moments = part.group.moments if index == 0 else part.group.moments.to(device)
             panels, how = self._panels[index], (part.codec, part.seed, self._damping)
-            packed, lost = round_layers(there, moments, *how, panels, part.shards, part.alone)
-            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost
+            found = findings.of_input(moments)
+            packed, lost = round_layers(there, moments, *how, panels, part.shards, part.alone, found)
+            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost, found
 
         return spread.Task(part.size, work)
 
@@ -178,18 +189,28 @@ def round_layers(
     panels: PanelRounder = round_panel,
     shards: int = 1,
     overwrite: bool = False,
+    found: list[str] | None = None,
 ) -> tuple[list[PackedLinear], float]:
     """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost.
 
-    overwrite: the moments may be, which saves the memory of two matrices.
+    overwrite: the moments may be, which saves the memory of two matrices. found: gets what is worth knowing.
     """
+    found = [] if found is None else found
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
     p = _pose(weight, moments, seed, damping, shards, overwrite)
     del weight
-    rounded = round_matrix(p.target, p.hessian, p.factor, codec, panels)
-    scale = rounded.scale.to(torch.float16)
-    lost = objective(p.target, rounded.values * scale.float()[:, None], p.hessian).item()
+    found += findings.of_damping(damping, p.damping)
+    whole = energy(p.target, p.hessian)
+    rounded, scale, lost = _rounded(p, p.factor, codec, panels, whole)
+    plain = findings.expected_loss(p.target, p.hessian, codec.mse) / whole.item() if whole > 0 else lost
+    if lost > findings.WORSE * plain:
+        without = _rounded(p, torch.eye(len(p.hessian), dtype=torch.float64, device=whole.device), codec, panels, whole)
+        found.append(
+            f"loses {lost:.3g} where plain rounding is expected to lose {plain:.3g}, and does {without[2]:.3g}"
+        )
+        if without[2] < lost:
+            rounded, scale, lost = without
     packed, tile = [], 0
     for layer in layers:
         tiles = -(-layer.out_features // height)
@@ -199,6 +220,15 @@ def round_layers(
         packed.append(PackedLinear(codec.name, *shape, p.block, codes, scale[rows].clone(), pack_signs(p.signs)))
         tile += tiles
     return packed, lost
+
+
+def _rounded(
+    p: "_Problem", m: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
+) -> tuple[Rounded, Tensor, float]:
+    """With the fp16 scales that are stored, and the share of the whole energy that is lost with these."""
+    rounded = round_matrix(p.target, p.hessian, m, codec, panels)
+    scale = rounded.scale.to(torch.float16)
+    return rounded, scale, (energy(p.target - rounded.values * scale.float()[:, None], p.hessian) / whole).item()
 
 
 def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping: float, mse: float) -> None:
@@ -228,6 +258,7 @@ class _Problem:
     factor: Tensor
     signs: Tensor
     block: int
+    damping: float  # that the factor took
 
 
 def _pose(
@@ -239,9 +270,9 @@ def _pose(
     both = (moments.hessian, moments.drift)
     h, drift = (_rotate_both(moment if overwrite else moment.clone(), signs, block) for moment in both)
     target = rotate(weight, signs, block)
-    m = factor(h, damping)
+    m, taken = damped_factor(h, damping)
     target += HALF_STEP * solve(m, target @ drift)
-    return _Problem(target, h, m, signs, block)
+    return _Problem(target, h, m, signs, block, taken)
 
 
 def group_seed(seed: int, name: str) -> int:

@@ -32,7 +32,12 @@ class Rounded:
 
 
 def factor(h: Tensor, damping: float) -> Tensor:
-    """M upper triangular with M·Mᵀ = h + λI.
+    """The factor of `damped_factor` alone."""
+    return damped_factor(h, damping)[0]
+
+
+def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M upper triangular with M·Mᵀ = h + λI, and the damping that it took.
 
     h [in, in] symmetric, positive semi-definite; λ = damping · mean(diag h), made ten times larger as often as the
     factorization fails. A zero or non-finite h (a layer that calibration never reached) counts as the identity.
@@ -41,7 +46,7 @@ def factor(h: Tensor, damping: float) -> Tensor:
     flipped = _flipped(h)
     mean = flipped.diagonal().mean()
     if not all_finite(h) or mean <= 0:
-        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device)
+        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device), damping
     added, steps = 0.0, list[Tensor]()
     while True:
         steps.append((damping - added) * mean)
@@ -51,7 +56,7 @@ def factor(h: Tensor, damping: float) -> Tensor:
         torch.linalg.cholesky_ex(flipped, out=(flipped, failed))  # in place: these matrices are what memory goes to
         if not failed:
             _reverse(flipped.mT.view(-1))
-            return flipped
+            return flipped, damping
         added, damping = damping, 10 * damping
         flipped = _flipped(h)
 
@@ -232,5 +237,9 @@ def refit(w: Tensor, values: Tensor, h: Tensor, fallback: Tensor) -> Tensor:
 
 def objective(w: Tensor, rounded: Tensor, h: Tensor) -> Tensor:
     """tr((w − rounded) h (w − rounded)ᵀ) / tr(w h wᵀ), a scalar: the share of the output's energy that is lost."""
-    e = w - rounded
-    return ((e @ h) * e).sum() / ((w @ h) * w).sum()
+    return energy(w - rounded, h) / energy(w, h)
+
+
+def energy(w: Tensor, h: Tensor) -> Tensor:
+    """tr(w h wᵀ), a scalar: of what w [out, in] gives for inputs with the second moments h."""
+    return ((w @ h) * w).sum()
