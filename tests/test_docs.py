@@ -20,7 +20,7 @@ SMALL = {  # a tiny model, and little text
     '"org/model"': "MODEL",
     '"my_text.txt"': "TEXT",
     '"other_text.txt"': "TEXT",
-    "glq.Settings(bits=3)": "glq.Settings(bits=3, tokens=512, ctx=64)",
+    "glq.Settings(bits=3)": 'glq.Settings(2, "e8-2", tokens=256, ctx=64)',
     "glq.TuneSettings()": "glq.TuneSettings(steps=1, batch=1, ctx=64)",
     "text=TEXT": "text=TEXT, tokens=256, ctx=64",
 }
@@ -85,7 +85,7 @@ def test_every_page_is_in_the_site():
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_a_screen(name):
-    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "120", "LINES": "50"})
+    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "100", "LINES": "50"})
     assert result.exit_code == 0
     assert result.output.count("\n") <= 50, result.output
 

@@ -58,6 +58,7 @@ def task(tmp_path, tiny_checkpoint):
     return folder
 
 
+@pytest.mark.slow  # the harness looks at all of its tasks first
 def test_a_task_of_ones_own(task, tiny_checkpoint, tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
