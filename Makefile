@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL := demo/smollm2-135m
 OUT := demo/smollm2-135m-glq-3bit
 
-.PHONY: demo check slow vllm format clean
+.PHONY: demo check slow vllm docs dist format clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -47,9 +47,23 @@ $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 vllm: $(VENV)-vllm/.done  # real vLLM on the CPU, in an environment of its own: it wants an older transformers
 	$(VENV)-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py
 
+$(VENV)-docs/.done: pyproject.toml
+	python3 -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet 'mkdocs-material>=9.7,<10' 'mkdocstrings[python]>=1.0'
+	touch $@
+
+docs: $(VENV)-docs/.done  # into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+dist: $(VENV)/.dev  # wheel and sdist, built twice: the bytes must be the same
+	rm -rf dist build/again
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/hatchling build -d dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/hatchling build -d build/again
+	cd dist && sha256sum * > ../build/sums && cd ../build/again && sha256sum --check ../sums
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,49 +18,85 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="checkpoints to score")],
-    reference: Annotated[str, typer.Option(help="the model before quantization")],
+    models: Annotated[list[str], typer.Argument(help="checkpoints to score, of glq or any that transformers loads")],
+    reference: Annotated[str | None, typer.Option(help="the model before quantization")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the one that glq ships")] = None,
     tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
     ctx: Annotated[int, typer.Option(help="tokens in one window")] = 1024,
+    tasks: Annotated[str | None, typer.Option(help="of lm-evaluation-harness: hellaswag,arc_easy")] = None,
+    shots: Annotated[int | None, typer.Option(help="with --tasks: examples in the prompt")] = None,
+    limit: Annotated[int | None, typer.Option(help="with --tasks: examples of each, at most")] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="with --tasks: folder of tasks of your own")] = None,
+    batch: Annotated[int, typer.Option(help="with --tasks: sequences at once")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
-    """Perplexity, KL divergence and top-1 agreement with the reference."""
+    """Perplexity, KL divergence and top-1 agreement with the reference; benchmarks with --tasks."""
     with plain_errors():
-        from glq.evaluation import evaluate as run
+        if reference is None and tasks is None:
+            raise GlqError("name the model before quantization, --reference, or benchmarks, --tasks hellaswag")
+        rows: list[dict[str, Any]] = [{"model": name} for name in ([reference] if reference else []) + models]
+        if reference is not None:
+            scores = _text_scores(reference, models, text, tokens, ctx, device)
+            for row, score in zip(rows, scores, strict=True):
+                row |= {"bits": _stored_bits(row["model"]), **asdict(score)}
+            _show_scores(rows)
+            _record(models, scores, text, ctx)
+        if tasks is not None:
+            from glq.harness import run_tasks
 
-        with bar() as shown:
-            task = shown.add_task("evaluating", total=None)
-            scores = run(
-                reference,
-                list(models),
-                text=text,
-                tokens=tokens,
-                ctx=ctx,
-                device=device,
-                progress=lambda done, total: shown.update(task, completed=done, total=total),
-            )
-        table = Table("", "size", "stored bits", "perplexity", "KL", "KL p99", "top-1")
-        rows = []
-        for name, score in zip([reference, *models], scores, strict=True):
-            bits = _stored_bits(name)
-            rows.append({"model": str(name), "bits": bits, **asdict(score)})
-            table.add_row(
-                "reference" if not rows[1:] else str(name),
-                f"{score.weight_bytes / 1e6:.1f} MB",
-                "16" if bits is None else f"{bits:.3f}",
-                f"{score.perplexity:.2f}",
-                f"{score.kl:.4f}",
-                f"{score.kl_p99:.3f}",
-                f"{score.top1:.1%}",
-            )
+            names = [task.strip() for task in tasks.split(",") if task.strip()]
+            options: dict[str, Any] = {"batch": batch, "shots": shots, "limit": limit, "folder": task_dir}
+            for row in rows:
+                found = run_tasks(row["model"], names, device=device, **options)
+                row["tasks"] = [asdict(score) for score in found]
+            _show_tasks(rows)
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        out.print(table)
-        _record(list(models), scores, text, ctx)
-        if any(score.nonfinite for score in scores):
+        if any(row.get("nonfinite") for row in rows):
             raise GlqError("some logits were NaN or infinite: see `nonfinite` in --json")
+
+
+def _text_scores(
+    reference: str, models: list[str], text: Path | None, tokens: int, ctx: int, device: str
+) -> "list[Score]":
+    from glq.evaluation import evaluate as run
+
+    with bar() as shown:
+        task = shown.add_task("evaluating", total=None)
+        return run(
+            reference,
+            list(models),
+            text=text,
+            tokens=tokens,
+            ctx=ctx,
+            device=device,
+            progress=lambda done, total: shown.update(task, completed=done, total=total),
+        )
+
+
+def _show_scores(rows: list[dict[str, Any]]) -> None:
+    table = Table("", "size", "stored bits", "perplexity", "KL", "KL p99", "top-1")
+    for i, row in enumerate(rows):
+        table.add_row(
+            row["model"] if i else "reference",
+            f"{row['weight_bytes'] / 1e6:.1f} MB",
+            "16" if row["bits"] is None else f"{row['bits']:.3f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['kl_p99']:.3f}",
+            f"{row['top1']:.1%}",
+        )
+    out.print(table)
+
+
+def _show_tasks(rows: list[dict[str, Any]]) -> None:
+    """A row for each metric, a column for each model."""
+    table = Table("task", "metric", *(row["model"] for row in rows))
+    for scores in zip(*(row["tasks"] for row in rows), strict=True):
+        cells = [f"{s['value']:.4f}" + (f" ± {s['stderr']:.4f}" if s["stderr"] else "") for s in scores]
+        table.add_row(scores[0]["task"], scores[0]["metric"], *cells)
+    out.print(table)
 
 
 def _record(models: list[str], scores: "list[Score]", text: Path | None, ctx: int) -> None:
