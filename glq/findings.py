@@ -28,9 +28,9 @@ def of_damping(asked: float, taken: float) -> list[str]:
 
 def of_states(states: list[Tensor]) -> list[str]:
     """Of what a block gives."""
-    largest = max(state.abs().max().item() for state in states)
-    if not largest <= MOST_FP16:
-        return [f"gives values up to {largest:.3g}, beyond fp16: run the model in bf16 or fp32"]
+    found = [state.abs().max().item() for state in states]
+    if large := [value for value in found if not value <= MOST_FP16]:  # NaN, too
+        return [f"gives values up to {max(large):.3g}, beyond fp16: run the model in bf16 or fp32"]
     return []
 
 

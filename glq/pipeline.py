@@ -320,6 +320,7 @@ def _round(
         rounder.note(source.blocks[block], of_states(reference))
         states = {f"{name}.{i:06}": x for name, xs in both.items() for i, x in enumerate(xs)}
         writer.save({"blocks": block + 1} | rounder.to_dict(), states, last=block + 1 == len(source.blocks))
+        spill.put([*reference, *quantized])
 
     both = {"reference": reference, "quantized": quantized}
     steps = walk(

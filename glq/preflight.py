@@ -37,7 +37,7 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     block = max(sum(p.numel() for p in source.module(name).parameters()) for name in source.blocks)
     widest = max(cols for _, cols in shapes.values())
     states = 2 * 4 * tokens * source.config.get_text_config().hidden_size
-    activations = 2 * states + 2 * 4 * tokens * widest
+    activations = 2 * states + 4 * tokens * widest
     waiting = 2 * 4 * block + activations
     spill = device.type == "cpu" and waiting > SPILL_FROM
     rounding = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
@@ -52,7 +52,7 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     )
     stored = sum((source.path / file).stat().st_size for file in set(source.files.values()))
     rest = max(0, stored - 2 * sum(rows * cols for rows, cols in shapes.values()))  # bf16 that is kept as it is
-    disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (waiting if spill else 0)
+    disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if spill else 0)
     return Needs(int(memory), int(disk), spill)
 
 
