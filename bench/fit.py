@@ -3,7 +3,7 @@
     python bench/fit.py OUT.json [--model DIR ...] [--tokens 2048]
 
 Random weights of the two shapes, unless directories are given. A checkpoint is made for each amount of memory, at the
-rates that --fit chooses; a process of its own loads it, reads a prompt of all but 8 tokens of the context, writes 8,
+rates that --fit chooses; a process of its own loads it, reads a prompt of all but 7 tokens of the context, writes 8,
 and says what PyTorch had allocated at most.
 """
 
@@ -22,7 +22,7 @@ from glq.recipe import quantize
 
 CASES = {  # MB of memory, tokens of context
     "smollm2-135m": [(560, 8192), (430, 8192), (215, 2048)],
-    "gemma3-270m": [(1000, 8192), (450, 4096), (420, 2048)],
+    "gemma3-270m": [(1100, 8192), (450, 4096), (420, 2048)],
 }
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -78,7 +78,7 @@ def measure(path: Path, context: int, kv_bits: int | None) -> dict[str, int]:
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(2, 300, (1, context - 8), device="cuda")
+    ids = torch.randint(2, 300, (1, context - 7), device="cuda")
     cache = None if kv_bits is None else GlqCache(kv_bits, config=model.config)
     model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=8, max_new_tokens=8, past_key_values=cache)
     torch.cuda.synchronize()

@@ -28,7 +28,7 @@ from glq.errors import GlqError
 from glq.experts import ExpertLinear, quantizable
 from glq.kv.cache import GlqCache
 from glq.ops.cuda_dequantize import _AT_ONCE as WEIGHTS_AT_ONCE
-from glq.ops.cuda_dequantize import own_basis_tokens
+from glq.ops.cuda_dequantize import own_basis_tokens, unrotates
 from glq.ops.embedding import _ROWS as ROWS_AT_ONCE
 from glq.ops.embedding import embedding_reference
 from glq.ops.matmul import _MANY as MANY
@@ -37,6 +37,9 @@ from glq.rotation import block_width
 from glq.source import SourceModel
 
 WORKSPACE = 32 * 2**20  # of cuBLAS on Hopper, the most that it takes; a quarter of that elsewhere
+
+
+_ALIGNED = 16  # columns that PyTorch fills a mask up to, in a copy
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ class _Attention(TorchFunctionMode):
         held = [query.new_empty(query.shape[:-1], dtype=torch.float32)]  # of each row its sum of exponentials
         if mask is not None and mask.dtype == torch.bool:
             held.append(query.new_empty(mask.shape))
+            if mask.shape[-1] % _ALIGNED:
+                held.append(query.new_empty(*mask.shape[:-1], -(-mask.shape[-1] // _ALIGNED) * _ALIGNED))
         shape = (query.shape[0], query.shape[2], query.shape[1], named["value"].shape[-1])
         return query.new_empty(shape).transpose(1, 2)
 
@@ -251,9 +256,8 @@ class _Products:
 def _product(x: Tensor, rows: int) -> Tensor:
     """y [..., rows], and memory that glq::matmul holds on the way: x rotated; with many tokens, weights in 16 bits."""
     tokens, cols = x.numel() // x.shape[-1], x.shape[-1]
-    held = []
-    if tokens < max(MANY, own_basis_tokens(rows)):
-        held.append(x.new_empty(tokens, cols))
+    own_basis = tokens >= max(MANY, own_basis_tokens(rows)) and unrotates(block_width(cols))
+    held = [] if own_basis else [x.new_empty(tokens, cols)]
     y = x.new_empty(*x.shape[:-1], rows)
     if tokens >= MANY:
         held.append(x.new_empty(min(rows * cols, max(WEIGHTS_AT_ONCE, 64 * cols))))
