@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from glq.unfinished import folder_of
+
 
 def command(model: Path, out: Path, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "glq", "quantize", str(model), str(out), *options]
@@ -26,34 +28,22 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-def timed(line: list[str], out: Path) -> tuple[float, float]:
-    """Seconds until work begins, and until it ends."""
-    begun, start = time.monotonic(), 0.0
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+def run(line: list[str], out: Path, after: float) -> float | None:
+    """Run, and kill so many seconds after work began; how long it took from there, None if it was killed."""
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun: float | None = None
+    lock = folder_of(out) / "lock"
     while process.poll() is None:
-        if not start and (out.parent / f".{out.name}.partial").exists():
-            start = time.monotonic() - begun
-        time.sleep(0.02)
+        if begun is None and lock.exists() and lock.read_text().strip() == str(process.pid):
+            begun = time.monotonic()
+        if begun is not None and time.monotonic() - begun > after:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return None
+        time.sleep(0.01)
     if process.returncode:
-        raise SystemExit("a run that was not killed failed")
-    return start, time.monotonic() - begun
-
-
-def killed(line: list[str], out: Path, after: float) -> bool:
-    """Run, and kill after so many seconds; whether it was still running."""
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
-    finally:
-        assert process.stderr is not None
-        said = process.stderr.read().decode()
-    if process.returncode and not out.exists():
-        raise SystemExit(f"a run that was not killed failed:\n{said}")
-    return False
+        raise SystemExit(f"a run that was not killed ended with {process.returncode}: {' '.join(line)}")
+    return time.monotonic() - (begun or time.monotonic())
 
 
 def main() -> None:
@@ -66,28 +56,22 @@ def main() -> None:
     settings, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     settings.work.mkdir(parents=True, exist_ok=True)
     whole, out = settings.work / "whole", settings.work / "out"
-    start, seconds = timed(command(settings.model, whole, options), whole)
+    seconds = run(command(settings.model, whole, options), whole, 1e9) or 0.0
     expected = digests(whole)
-    print(f"one run takes {seconds:.1f} s, of which {start:.1f} before any work, and writes {len(expected)} files")
-    pick, kills, through, wrong, spent = random.Random(settings.seed), 0, 0, 0, 0.0
-    while kills < settings.kills or out.exists() or spent:
-        after = pick.uniform(0.9 * start, 1.02 * seconds) if kills < settings.kills else 1e9
-        begun = time.monotonic()
-        if killed(command(settings.model, out, options), out, after):
+    print(f"one run works for {seconds:.1f} s and writes {len(expected)} files")
+    pick, kills, through, wrong = random.Random(settings.seed), 0, 0, 0
+    while kills < settings.kills or folder_of(out).exists():
+        after = pick.uniform(0, 1.02 * seconds) if kills < settings.kills else 1e9
+        if run(command(settings.model, out, options), out, after) is None and not out.exists():
             kills += 1
-            spent += time.monotonic() - begun
             continue
         through += 1
         differ = [name for name, digest in digests(out).items() if expected.get(name) != digest]
         wrong += bool(differ) or digests(out).keys() != expected.keys()
-        left = [file.name for file in settings.work.glob(".out*")]
         verdict = f"differs in {', '.join(differ)}" if differ else "is the same"
-        print(f"after {kills} kills: checkpoint {through} {verdict}")
-        if left:
-            wrong += 1
-            print(f"left behind: {', '.join(left)}")
+        print(f"after {kills} kills: checkpoint {through} {verdict}", flush=True)
         shutil.rmtree(out)
-        spent = 0.0
+        shutil.rmtree(folder_of(out), ignore_errors=True)  # of a run killed when all was in its place
     print(f"{kills} kills, {through} checkpoints, {wrong} of them wrong")
     sys.exit(bool(wrong))
 
