@@ -8,12 +8,14 @@ is nothing to share out in a dense model. Experts of a mixture are given as many
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ class Timed:
 
     def seconds(self) -> list[float]:
         """Of two times; `digest` is that of all that was written."""
-        from glq.checkpoint import CheckpointWriter
         from glq.rounder import Choice, GroupRounder
+        from glq.writer import CheckpointWriter
 
         found = []
         with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "out") as writer:
@@ -93,7 +95,8 @@ class Timed:
                 writer.add = lambda tensors, into=written: into.update(  # type: ignore[method-assign]
                     {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
                 )
-                choices = [Choice(group, dict.fromkeys(group.layers, self.codec)) for group in self.groups]
+                fresh = [replace(group, moments=copy.deepcopy(group.moments)) for group in self.groups]  # overwritten
+                choices = [Choice(group, dict.fromkeys(group.layers, self.codec)) for group in fresh]
                 step = len(choices) if self.groups[0].expert is None else len(self.devices)
                 wait(self.devices)
                 start = time.perf_counter()
@@ -124,7 +127,7 @@ def measure(what: str, groups: list[Any], devices: Sequence[Any], codec: str) ->
 
 def main() -> None:
     here = Path(__file__).resolve().parent
-    from serve import SHAPES
+    from served import SHAPES
 
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != here]  # transformers would import kernels.py from there
     import torch

@@ -44,6 +44,7 @@ class Row:
 def time_graph(calls: list[Callable[[], Tensor]], replays: int = 15) -> float:
     """Median µs of one call."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # what the calls read may still be under way
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

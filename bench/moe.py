@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 
 import glq
 from glq.calibration import Group
-from glq.checkpoint import CheckpointWriter
 from glq.config import ModuleConfig
 from glq.experts import DenseExperts
 from glq.moments import Moments
 from glq.quant_experts import QuantExperts
 from glq.rotation import block_width
 from glq.rounder import Choice, GroupRounder
+from glq.writer import CheckpointWriter
 
 EXPERTS, TOP_K, HIDDEN, INSIDE = 128, 8, 2048, 768
 

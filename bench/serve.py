@@ -2,8 +2,12 @@
 
     python bench/serve.py OUT.json [--weights bf16 int4 trellis-4 trellis-2] [--batch 1 8 32] [--prompt 128] [--new 128]
         [--shape llama-3-8b | llama-3-70b] [--layers 20] [--tp 2]
+    python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 32768 --batch 1 8 --repeat 1
+    python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 2048 --new 512 --batch 64 --kv-gib 8
 
-trellis-4+head has lm_head in these codes, too; the others leave it in 16 bits.
+trellis-4+head has lm_head in these codes, too; the others leave it in 16 bits. bf16+kv4, trellis-4+head+kv3 and so on
+have an E8 KV cache of so many bits; the others keep keys and values in bf16. The third line is what happens where these
+have no pages left.
 glq has to be installed, not only on the path: vLLM finds the plugin by its entry point. Each kind of weights is served
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes, and how many bytes each rank holds, is checked
@@ -16,7 +20,6 @@ others, start at the same time and then be timed one after the other, with --kv-
 import argparse
 import fcntl
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -30,129 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from glq.codecs import CODECS
-from glq.config import GlqConfig, ModuleConfig
-from glq.packed import PACKED_DTYPES, packed_shapes
-from glq.rotation import block_width
 
-Shape = dict[str, int]
-SHAPES: dict[str, Shape] = {
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "llama-3-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
-ROW_PARALLEL = ("o_proj", "down_proj")
+# served.py is imported by functions alone: vLLM's processes import this file, too, and not from where it is
+
 WITHIN = 0.03  # of what is expected, the bytes that a rank holds
-HEAD = "+head"
+KV = "+kv"
+LONGEST = 16384  # tokens a step: what a prompt is cut into, and with it the memory that activations take
 PATIENCE = 120  # seconds that an engine waits for others
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
-
-
-def matrices(weights: str, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Name of each quantized layer → (out, in)."""
-    found = {f"model.layers.{i}.{k}": v for i in range(shape["num_hidden_layers"]) for k, v in of_layer(shape).items()}
-    return found | ({"lm_head": (shape["vocab_size"], shape["hidden_size"])} if weights.endswith(HEAD) else {})
-
-
-def of_layer(shape: Shape) -> dict[str, tuple[int, int]]:
-    """The matrices of a decoder layer → (out, in)."""
-    hidden, middle = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
-    mlp = {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)}
-    return {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()}
-
-
-def plain(weights: str, shape: Shape) -> dict[str, tuple[tuple[int, ...], int]]:
-    """What is not quantized, in 16 bits, by name: shape and bytes."""
-    hidden, ends = shape["hidden_size"], (shape["vocab_size"], shape["hidden_size"])
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": ends, "lm_head.weight": ends}
-    found["model.norm.weight"] = (hidden,)
-    for i in range(shape["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"model.layers.{i}.{norm}.weight"] = (hidden,)
-    if weights == "bf16":
-        found |= {f"{name}.weight": size for name, size in matrices(weights, shape).items()}
-    elif weights.endswith(HEAD):
-        del found["lm_head.weight"]
-    return {name: (dims, 2 * math.prod(dims)) for name, dims in found.items()}
-
-
-def modules(weights: str, shape: Shape, ranks: int) -> dict[str, ModuleConfig]:
-    """The entries of a checkpoint's config, with rotations that stay inside of the ranks' shards; none in 16 bits."""
-    codec, found = weights.removesuffix(HEAD), {}
-    for name, (out, width) in matrices(weights, shape).items() if codec in CODECS else ():
-        shards = ranks if name.endswith(ROW_PARALLEL) else 1
-        found[name] = ModuleConfig(codec, width, out, block_width(width, shards))
-    return found
-
-
-def quantization(weights: str, shape: Shape, ranks: int) -> dict[str, Any] | None:
-    """The quantization_config of config.json."""
-    if weights == "bf16":
-        return None
-    if weights == "int4":
-        return GPTQ
-    found = modules(weights, shape, ranks)
-    shapes = ((key, dims) for m in found.values() for key, dims in packed_sizes(m).items())
-    nbytes = sum(PACKED_DTYPES[key].itemsize * math.prod(dims) for key, dims in shapes)
-    bits = 8 * nbytes / sum(m.weights for m in found.values())
-    return GlqConfig(found, round(bits, 4), "bench", ranks).to_dict()
-
-
-def packed_sizes(m: ModuleConfig) -> dict[str, tuple[int, ...]]:
-    return packed_shapes(m.codec, m.out_features, m.in_features)
-
-
-def expected_bytes(folder: Path, weights: str, shape: Shape, ranks: int) -> list[int] | None:
-    """What each rank should hold, as `glq info --tp` counts it; None for int4, which glq knows nothing of."""
-    from transformers import AutoConfig
-
-    from glq.vllm_integration.shares import shares
-
-    if weights == "int4":
-        return None
-    config = AutoConfig.from_pretrained(folder)
-    return [s.total for s in shares(modules(weights, shape, ranks), config, plain(weights, shape), ranks)]
-
-
-def write_model(folder: Path, weights: str, shape: Shape, ranks: int) -> None:
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "rope_theta": 500000.0,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": False,
-        **shape,
-    }
-    found = quantization(weights, shape, ranks)
-    config |= {"quantization_config": found} if found else {}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def weight_bytes(worker: Any) -> int:
@@ -191,28 +78,62 @@ def errors(worker: Any) -> dict[str, float]:
     return found
 
 
-def start(args: argparse.Namespace, shape: Shape) -> tuple[Any, list[int] | None]:
+def kv_errors(worker: Any) -> dict[str, Any]:
+    """Of a rank's E8 KV cache: of codes to vectors, and of attention to what plain PyTorch has for the same pages."""
+    import torch
+
+    from glq.kv.layout import attend_reference
+    from glq.kv.pages import attend, gather, has_kernels, write
+
+    attention = next(m.impl for m in worker.get_model().modules() if hasattr(getattr(m, "impl", None), "layout"))
+    layout, device = attention.layout(16), worker.device
+    keys, values = torch.randn(2, 4 * 80, layout.heads, layout.head_dim, device=device, dtype=torch.bfloat16)
+    pages = torch.zeros(21, layout.nbytes, dtype=torch.uint8, device=device)
+    table = torch.randperm(20, device=device).view(4, 5).int() + 1
+    slots = (table[..., None] * 16 + torch.arange(16, device=device)).flatten().long()
+    write(pages, layout, keys, values, slots)
+    decoded = gather(pages, layout, table.flatten(), len(keys), keys.dtype)
+    q = torch.randn(4, attention.num_heads, layout.head_dim, device=device, dtype=torch.bfloat16)
+    lengths = torch.tensor([1, 17, 64, 80], device=device).int()
+    given = (q, pages, layout, table, lengths, attention.scale)
+    y, exact = attend(*given).float(), attend_reference(*given).float()
+    errors = [
+        ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(decoded, (keys, values), strict=True)
+    ]
+    errors.append(((y - exact).norm() / exact.norm()).item())
+    return {
+        "kernels": has_kernels(layout, torch.device(device), torch.bfloat16),
+        **dict(zip(("keys", "values", "attention"), errors, strict=True)),
+    }
+
+
+def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[int] | None]:
     """The engine, and the bytes that each rank should hold."""
+    from served import expected_bytes, write_model
     from vllm import LLM
 
-    backend = {"distributed_executor_backend": "mp"} if args.tp > 1 else {}  # which a rank alone does without
+    weights, _, kv_bits = args.one.partition(KV)
+    longest = 2 * (args.prompt + args.new)
+    backend: dict[str, Any] = {"distributed_executor_backend": "mp"} if args.tp > 1 else {}  # a rank alone does without
+    if kv_bits:
+        backend |= {"attention_backend": "CUSTOM", "additional_config": {"glq_kv_bits": int(kv_bits)}}
     if args.shape == "tiny":
         from glq.vllm_integration import methods
 
         methods.decodes_once = lambda: False  # where VLLM_ENABLE_V1_MULTIPROCESSING=0 has a rank alone in this process
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.one, shape, args.tp)
-        expected = expected_bytes(Path(folder), args.one, shape, args.tp)
+        write_model(Path(folder), weights, shape, args.tp, longest)
+        expected = expected_bytes(Path(folder), weights, shape, args.tp)
         llm = LLM(
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype="bfloat16",
-            max_model_len=2 * (args.prompt + args.new),
+            max_model_len=longest,
             max_num_seqs=max(args.batch),
             enable_prefix_caching=False,
             enforce_eager=args.eager,
-            max_num_batched_tokens=max(2048, max(args.batch) * args.prompt),
+            max_num_batched_tokens=min(max(2048, max(args.batch) * args.prompt), LONGEST),
             gpu_memory_utilization=args.memory,
             kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
             tensor_parallel_size=args.tp,
@@ -237,7 +158,11 @@ def check(llm: Any, expected: list[int] | None, args: argparse.Namespace) -> dic
     cache = llm.llm_engine.vllm_config.cache_config
     row["kv_tokens"] = cache.num_gpu_blocks * cache.block_size
     wrong = [a for a, b in zip(row["weight_bytes"], expected or (), strict=False) if abs(a - b) > WITHIN * b]
-    if args.one.removesuffix(HEAD) in CODECS:
+    if KV in args.one:
+        row["kv_errors"] = llm.collective_rpc(kv_errors)
+        if any(found["attention"] > 0.01 or found["keys"] > 0.5 for found in row["kv_errors"]):
+            raise SystemExit(f"{args.one}: relative errors of the KV cache are {row['kv_errors']}: not timed")
+    if args.one.partition("+")[0] in CODECS:
         row["errors"] = llm.collective_rpc(errors)
         row["worst_error"] = max((e for found in row["errors"] for e in found.values()), default=None)
         if any(max(found.values(), default=float(on_gpu())) > 0.01 for found in row["errors"]):
@@ -282,6 +207,8 @@ def come(folder: Path, state: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One kind of weights, in this process and those that vLLM starts."""
+    from served import SHAPES
+
     here = Path(__file__).resolve().parent
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != here]  # transformers would import kernels.py from there
     import torch
@@ -325,6 +252,8 @@ def time_batches(row: dict[str, Any], args: argparse.Namespace, seconds: Callabl
 
 
 def main() -> None:
+    from served import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")

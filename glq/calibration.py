@@ -6,24 +6,25 @@ the rounded weights. One pass a block for each model, and no activations kept bu
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from glq.discovery import Call, copied, find_groups, run_block
 from glq.errors import GlqError
-from glq.experts import DenseExperts, ExpertLinear, quantizable
+from glq.experts import ExpertLinear
 from glq.machine import release_memory
 from glq.moments import Moments, Routed, Sums, expert_moments
 from glq.source import SourceModel
+from glq.spill import Spill, held_by
 
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 
@@ -65,73 +66,6 @@ def microbatches(tokens: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     return tokens.split(max(1, _MICROBATCH.get(device.type, _MICROBATCH["cpu"]) // tokens.shape[1]))
 
 
-@dataclass
-class Call:
-    """How the model calls a block: what follows the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@torch.no_grad()
-def capture(
-    source: SourceModel, batches: Sequence[Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """For each batch of tokens [batch, ctx]: the first block's input [batch, ctx, hidden], and each block's call.
-
-    The blocks themselves are stubs here: whatever a model computes once and hands to its blocks (rotary embeddings,
-    masks, one kind a layer type) is found without knowing the architecture.
-    """
-    inputs: list[Tensor] = []
-    calls: list[list[Call]] = []
-
-    def stub(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if not calls[-1]:
-            inputs.append(hidden)
-        calls[-1].append(Call(args, kwargs))
-        return hidden
-
-    with source.outside_blocks(device, dtype) as model, _stubbed(source, stub):
-        for tokens in batches:
-            calls.append([])
-            model.base_model(input_ids=tokens.to(device), use_cache=False)
-    return inputs, calls
-
-
-@contextmanager
-def _stubbed(source: SourceModel, stub: Callable[..., Tensor]) -> Iterator[None]:
-    """The model's blocks do what `stub` does, for as long as the context lasts."""
-    for name in source.blocks:
-        source.module(name).forward = stub
-    try:
-        yield
-    finally:
-        for name in source.blocks:
-            del source.module(name).forward
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """A block's output for its input [batch, ctx, hidden]."""
-    out = block(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-@torch.no_grad()
-def final_states(
-    source: SourceModel, batches: Sequence[Tensor], hidden: Sequence[Sequence[Tensor]], device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """What the lm_head reads, given the last block's outputs in one or more models: [tokens, hidden] each, a batch."""
-    last = source.module(source.blocks[-1])
-    with source.outside_blocks(device, torch.float32) as model, _stubbed(source, lambda x, *_, **__: x):
-        for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):
-            states = []
-            for x in outputs:
-                last.forward = lambda *_, x=x, **__: x
-                out = model.base_model(input_ids=tokens.to(device), use_cache=False)
-                states.append(out.last_hidden_state.flatten(0, 1))
-            yield tuple(states)
-
-
 @dataclass(frozen=True)
 class Read:
     """A group of a block by its members' names in it, and what it read: for experts, all that their layer did."""
@@ -166,39 +100,13 @@ class Run:
             hook.remove()
         return out
 
+    def held(self) -> Iterator[Tensor]:
+        """What the pass keeps while it is paused."""
+        return held_by(None if self._pass.dead else self._pass.gr_frame)
+
     def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if getcurrent() is self._pass:
             self._pass.parent.switch(args)
-
-
-@torch.no_grad()
-def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]:
-    """The block's layers in the order in which they run, those that read the same tensor together.
-
-    An experts' product is a group of its own. GlqError for experts that compute something else than is known.
-    """
-    names: dict[nn.Module, str] = {module: name for name, module in quantizable(block)}
-    groups: list[tuple[Tensor, list[str]]] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if groups and groups[-1][0] is args[0] and isinstance(module, nn.Linear):
-            groups[-1][1].append(names[module])
-        else:
-            groups.append((args[0] if isinstance(module, nn.Linear) else torch.empty(0), [names[module]]))
-
-    def check(module: DenseExperts, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if not module.agrees(args, y):
-            kind = type(module.rest).__name__
-            raise GlqError(f"experts of type {kind} are more than two products and an activation: not supported yet")
-
-    hooks = [module.register_forward_pre_hook(note) for module in names]
-    hooks += [m.register_forward_hook(check) for m in block.modules() if isinstance(m, DenseExperts)]
-    try:
-        block(hidden, *call.args, **call.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [members for _, members in groups]
 
 
 @dataclass(frozen=True)
@@ -221,24 +129,28 @@ def calibrate_block(
     reference: list[Tensor],
     quantized: list[Tensor],
     calls: list[Call],
+    calls_hat: list[Call],
     round_groups: Callable[[nn.Module, list[Read]], None],
     held_out: int = 0,
     side_by_side: bool = False,
+    spill: Spill | None = None,
 ) -> Iterator[int]:
-    """Take both models through one block and round its groups on the way.
+    """Take both models, called as calls and calls_hat say, through one block and round its groups on the way.
 
     reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
     outputs. round_groups gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
     what the groups read that can be rounded now: one after the other, each after those before it, or, side_by_side, all
     of the block, which costs one pass more. The last `held_out` microbatches go along, but moments do not count them.
-    Yields the number of the group just rounded, then of the end.
+    Yields the number of the group just rounded, then of the end. spill: where what is not worked on waits.
     """
+    spill = spill or Spill(None)
+    spill.put_module(block)
     twin = copy.deepcopy(block)
     read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
     pairs = [
-        (Run(block, leaders[0], hidden, call), Run(twin, leaders[1], hidden_hat, call))
-        for hidden, hidden_hat, call in zip(reference, quantized, calls, strict=True)
+        (Run(block, leaders[0], hidden, call), Run(twin, leaders[1], hidden_hat, call_hat))
+        for hidden, hidden_hat, call, call_hat in zip(reference, quantized, calls, calls_hat, strict=True)
     ]
     for i, members in enumerate(groups):
         leader, sums, routed = leaders[1][i], Sums(), list[Routed]()
@@ -246,22 +158,34 @@ def calibrate_block(
             (x, *experts), (x_hat, *experts_hat) = run.advance(), run_hat.advance()
             if k < len(pairs) - held_out and isinstance(leader, ExpertLinear):
                 routed.append(Routed(x, experts[0], x_hat, experts_hat[0], leader.of_pairs))
+                spill.put([x, x_hat])
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
                 reference[k] = run.finish()
+                spill.put([reference[k]])
                 if side_by_side:
                     run_hat.finish()
+            for paused in (run, run_hat):
+                spill.put(paused.held())
+        for model in (block, twin):
+            spill.put_module(model)
+        del x, x_hat
         read.append(Read(members, routed or sums.mean()))
         if not side_by_side:
             round_groups(twin, read)
             read = []
+            spill.put_module(twin)
             yield i
     if side_by_side:
         round_groups(twin, read)
         yield from range(len(groups))
+    if not groups:
+        reference[:] = [run_block(block, x, call) for x, call in zip(reference, calls, strict=True)]
     for k, (_, run_hat) in enumerate(pairs):
-        quantized[k] = run_block(twin, quantized[k], calls[k]) if side_by_side else run_hat.finish()
+        whole = side_by_side or not groups
+        quantized[k] = run_block(twin, quantized[k], calls_hat[k]) if whole else run_hat.finish()
+        spill.put([quantized[k]])
     yield len(groups)
 
 
@@ -302,6 +226,8 @@ def walk(
     first: int = 0,
     together: int = 1,
     side_by_side: bool = False,
+    spill: Spill | None = None,
+    ended: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[tuple[str, ...], int, int]]:
     """Take both models through all blocks; `visit` gets the groups, and may change their layers' weights.
 
@@ -309,19 +235,21 @@ def walk(
 
     reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
     last block's outputs. Yields, after each group, or all experts': the names of its layers, how many groups are done,
-    and how many there are.
+    and how many there are. spill: as calibrate_block takes it. ended: gets the number of a block that is behind.
     """
     release_memory()
+    calls_hat = [copied(of_blocks) for of_blocks in calls]
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
-        block_calls = [of_blocks[i] for of_blocks in calls]
-        groups = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
+        block_calls, block_calls_hat = ([of_blocks[i] for of_blocks in all_calls] for all_calls in (calls, calls_hat))
+        groups, _ = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
 
         def visit_all(twin: nn.Module, read: list[Read], prefix: str = name) -> None:
             for some in groups_of(prefix, source, twin, read, together):
                 visit(some)
 
-        steps = calibrate_block(block, groups, reference, quantized, block_calls, visit_all, held_out, side_by_side)
+        how = (held_out, side_by_side, spill)
+        steps = calibrate_block(block, groups, reference, quantized, block_calls, block_calls_hat, visit_all, *how)
         for done in steps:
             if done < len(groups):
                 modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])
@@ -329,3 +257,4 @@ def walk(
                 yield names, i * len(groups) + done + 1, len(source.blocks) * len(groups)
         source.unload(name)
         release_memory()
+        ended(i)

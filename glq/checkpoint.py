@@ -2,105 +2,17 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from glq.config import GlqConfig, ModuleConfig
+from glq.config import GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
-from glq.files import INDEX, SINGLE, read_index, tensor_shapes
+from glq.files import is_file, read_index, read_json, tensor_shapes
 from glq.packed import PACKED_DTYPES, packed_shapes
 
 DIGESTS = "glq_sha256.json"  # of the weight files, so that damage is found where it cannot be seen
-SHARD_BYTES = 2**30
 _SAFETENSORS = {"torch.uint8": "U8", "torch.float16": "F16"}
-
-
-class CheckpointWriter:
-    """Writes a checkpoint beside `out`, and moves it there when everything is on disk.
-
-    Used as a context manager: whatever is raised inside leaves no trace of the unfinished directory. GlqError if
-    `out` exists and is not an empty directory, or cannot be written.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.out = Path(out)
-        refuse_existing(self.out)
-        try:
-            self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self._dir = Path(
-                tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".partial", dir=self.out.absolute().parent)
-            )
-        except OSError as error:
-            raise GlqError(f"cannot write to {self.out.absolute().parent}: {error.strerror}") from error
-        self._parts: list[Path] = []
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        shutil.rmtree(self._dir, ignore_errors=True)
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write tensors to disk, so that none are kept in memory while the work goes on."""
-        part = self._dir / f"part-{len(self._parts):06}"
-        self._save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-        self._parts.append(part)
-
-    def add_file(self, source: Path) -> None:
-        """Copy a file under its own name."""
-        shutil.copyfile(source, self._dir / source.name)
-
-    def add_json(self, name: str, content: dict[str, Any]) -> None:
-        (self._dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def commit(self) -> None:
-        """Join the parts to shards, write the index, and move the directory to its place in one step."""
-        shards = self._shards()
-        weight_map: dict[str, str] = {}
-        for i, parts in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for part in parts:
-                tensors |= load_file(part)
-            self._save(tensors, self._dir / file)
-            weight_map |= dict.fromkeys(tensors, file)
-            for part in parts:
-                part.unlink()
-        if len(shards) > 1:
-            total = sum(f.stat().st_size for f in self._dir.glob("*.safetensors"))
-            self.add_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        digests = {file.name: file_digest(file) for file in sorted(self._dir.glob("*.safetensors"))}
-        self.add_json(DIGESTS, {"sha256": digests})
-        self._dir.chmod(0o755)
-        if self.out.exists():
-            self.out.rmdir()
-        os.replace(self._dir, self.out)
-
-    def _shards(self) -> list[list[Path]]:
-        """The parts in order, cut where a shard is full."""
-        shards: list[list[Path]] = [[]]
-        size = 0
-        for part in self._parts:
-            if shards[-1] and size + part.stat().st_size > SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(part)
-            size += part.stat().st_size
-        return shards
-
-    def _save(self, tensors: dict[str, Tensor], file: Path) -> None:
-        try:
-            save_file(tensors, file, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise GlqError(f"cannot write {self.out}: {error}. Free some space and start again") from error
 
 
 def refuse_existing(out: Path) -> None:
@@ -120,6 +32,7 @@ class Summary:
     other_bytes: int
     tensors: frozenset[str]  # names of all of them
     module_bits: dict[str, float]  # stored bits a weight of each quantized layer
+    files: frozenset[str]  # names of those that hold the tensors
 
     @property
     def bits(self) -> float:
@@ -129,14 +42,20 @@ class Summary:
 
 def read_config(path: Path) -> GlqConfig:
     """The quantization_config of a checkpoint directory; GlqError if there is none that this version reads."""
+    return GlqConfig.from_dict(_read_raw(path))
+
+
+def is_upstream_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint of upstream glq. GlqError if it has no config.json that can be read."""
+    return is_upstream(_read_raw(path))
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GlqError(f"{path} has no config.json: it is not a checkpoint directory") from None
-    except (OSError, ValueError) as error:
-        raise GlqError(f"{file} cannot be read: {error}") from error
-    return GlqConfig.from_dict(raw.get("quantization_config", {}) if isinstance(raw, dict) else {})
+    if not file.is_file():
+        raise GlqError(f"{path} has no config.json: it is not a checkpoint directory")
+    raw = read_json(file)
+    return raw.get("quantization_config", {}) if isinstance(raw, dict) else {}
 
 
 def inspect(path: str | Path) -> Summary:
@@ -146,8 +65,8 @@ def inspect(path: str | Path) -> Summary:
     """
     path = Path(path)
     summary = summarize(path, read_config(path))
-    if (path / DIGESTS).is_file():
-        _check_digests(path)
+    if digests := _digests(path):
+        _check_digests(path, digests, summary.files)
     return summary
 
 
@@ -160,14 +79,27 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_digests(path: Path) -> None:
-    try:
-        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))["sha256"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise GlqError(f"{path / DIGESTS} cannot be read: download the checkpoint again") from error
-    for name, expected in digests:
+def config_digest(config: GlqConfig) -> str:
+    """sha256 of a config in one form: two codecs may take tensors of the same shapes, and mean different weights."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    """Of glq_sha256.json; nothing where there is none."""
+    file = path / DIGESTS
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+        raise GlqError(f"{file} holds no digests: download the checkpoint again")
+    return content
+
+
+def _check_digests(path: Path, digests: dict[str, Any], files: frozenset[str]) -> None:
+    expected = digests["sha256"]
+    for name in sorted(files | expected.keys()):
         file = path / Path(name).name
-        if not file.is_file() or file_digest(file) != expected:
+        if not is_file(file) or file_digest(file) != expected.get(name):
             raise GlqError(f"{file} is not the file that was written (sha256 differs): download the checkpoint again")
 
 
@@ -183,7 +115,10 @@ def summarize(path: Path, config: GlqConfig) -> Summary:
         weights += module.weights
     file_bytes = sum((path / file).stat().st_size for file in set(files.values()))
     other = sum(nbytes for _, _, nbytes in shapes.values()) - quantized
-    return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits)
+    if _digests(path).get("config", config_digest(config)) != config_digest(config):
+        raise GlqError(f"{path / 'config.json'} has another quantization_config than was written: get it again")
+    used = frozenset(files.values())
+    return Summary(config, file_bytes, quantized, weights, other, frozenset(files), module_bits, used)
 
 
 def _packed_bytes(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -65,8 +66,10 @@ def quantize(
         bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices to share out")
     ] = False,
     seed: _Seed = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="begin anew where a run was stopped")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
 ) -> None:
-    """Quantize a model's decoder layers."""
+    """Quantize a model's decoder layers. The same command goes on where an earlier one was stopped."""
     with _plain_errors():
         from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
@@ -98,7 +101,7 @@ def quantize(
             tensor_parallel=tp,
             side_by_side=side_by_side,
         )
-        with _progress() as listener:
+        with _progress(log_json) as listener:
             result = run(
                 model,
                 out,
@@ -109,6 +112,7 @@ def quantize(
                 calibration=calibration,
                 device=device,
                 devices=devices.split(",") if devices else (),
+                restart=restart,
                 progress=listener,
             )
         tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"
@@ -116,6 +120,17 @@ def quantize(
             f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        if result.left:
+            reasons = Counter(result.left.values())
+            _say(
+                f"{len(result.left)} linear layers stay in their own precision: "
+                + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+                + ". quantization.json names them"
+            )
+        for name, found in list(result.findings.items())[:5]:
+            _say(f"{name}: {'; '.join(found)}")
+        if len(result.findings) > 5:
+            _say(f"quantization.json has {len(result.findings) - 5} more findings like these")
         if result.unreached:
             name, tokens = min(result.unreached.items(), key=lambda item: item[1])
             _say(
@@ -200,9 +215,12 @@ def info(
 ) -> None:
     """What a checkpoint stores, counted from its files; checks them all."""
     with _plain_errors():
-        from glq.checkpoint import inspect
+        from glq.checkpoint import inspect, is_upstream_checkpoint
         from glq.vllm_integration.shares import checkpoint_shares
 
+        if is_upstream_checkpoint(model):
+            _info_upstream(model, as_json)
+            return
         summary = inspect(model)
         held = [] if tp is None else checkpoint_shares(model, tp)
         content = {
@@ -242,6 +260,21 @@ def info(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="checkpoint of upstream glq 0.1 – 0.8: directory or name")],
+    out: _Out,
+    dense: Annotated[bool, typer.Option("--dense", help="write plain 16-bit weights, which any program reads")] = False,
+) -> None:
+    """Rewrite a checkpoint of upstream glq; without --dense, say why its codes cannot be kept."""
+    with _plain_errors():
+        from glq.upstream.convert import convert as run
+
+        with _progress() as listener:
+            done = run(source, out, dense=dense, progress=listener)
+        _say(f"{done}: {sum(f.stat().st_size for f in done.glob('*.safetensors')):,} bytes of plain weights")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     _out.print(__version__, highlight=False)
@@ -254,3 +287,20 @@ app.command("compare")(publish.compare)
 app.command("push")(publish.push)
 app.command("chat")(talk.chat)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(talk.serve)
+
+
+def _info_upstream(model: Path, as_json: bool) -> None:
+    from glq.upstream.convert import inspect_upstream
+
+    found = inspect_upstream(model)
+    if as_json:
+        sys.stdout.write(json.dumps({"bits": found.bits, **asdict(found)}, indent=2) + "\n")
+        return
+    table = Table(f"upstream glq, {found.codebook}", "layers")
+    for kind, count in found.layers.items():
+        table.add_row(kind, str(count))
+    _out.print(table)
+    _say(
+        f"quantized: {found.nbytes:,} bytes × 8 ÷ {found.weights:,} weights = {found.bits:.4f} bits; "
+        f"other tensors: {found.other_bytes:,} bytes"
+    )

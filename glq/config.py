@@ -1,6 +1,7 @@
 """What config.json says of a quantized model: frozen dataclasses, to and from plain dictionaries."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +73,11 @@ class GlqConfig:
         """Refuses what it does not know, by name: GlqError."""
         if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
             raise GlqError("config.json has no quantization_config of quant_method 'glq': not a glq checkpoint")
+        if is_upstream(raw):
+            raise GlqError(
+                f"the checkpoint is upstream glq's (codebook {raw['codebook']!r}): it loads in transformers and vLLM, "
+                "but this takes it only as `glq convert --dense` writes it"
+            )
         version = raw.get("format_version")
         if type(version) is not int or version < 1:
             raise GlqError(
@@ -94,13 +100,19 @@ class GlqConfig:
             raise GlqError(f"quantization_config lacks {', '.join(lost)}: config.json is damaged")
         if not isinstance(raw["modules"], dict) or not raw["modules"]:
             raise GlqError("quantization_config: modules must name at least one quantized layer")
-        if type(raw["bits"]) not in (int, float):
+        if type(raw["bits"]) not in (int, float) or not math.isfinite(raw["bits"]):
             raise GlqError(f"quantization_config: bits must be a number, found {raw['bits']!r}")
         degree = raw.get("tensor_parallel", 1)
         if type(degree) is not int or degree < 1:
             raise GlqError(f"quantization_config: tensor_parallel must be a positive integer, found {degree!r}")
         modules = {name: _module(name, entry) for name, entry in raw["modules"].items()}
         return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]), tensor_parallel=degree)
+
+
+def is_upstream(raw: Any) -> bool:
+    """Whether a quantization_config is upstream glq's: it has no format_version, and always a codebook."""
+    named = isinstance(raw, Mapping) and raw.get("quant_method", QUANT_METHOD) == QUANT_METHOD
+    return named and "format_version" not in raw and "codebook" in raw
 
 
 def _module(name: str, entry: Any) -> ModuleConfig:

@@ -5,6 +5,7 @@ token's experts, their weights), and says by attributes of the class how it uses
 no list of architectures.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from glq.errors import GlqError
 
+BIAS = "_bias"  # what the name of a product's biases ends with
 INNER = "down_proj"  # the parameter that multiplies what the experts compute inside
+_TILE = 64  # rows and columns that are stored at least; at 4 bits, a quarter of a tile takes as much in 16 bits
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
 
@@ -27,18 +30,32 @@ def outer_name(experts: nn.Module) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def part_names(parameter: str) -> tuple[str, ...]:
-    """The matrices of an expert of which a parameter is made, one below the other."""
-    return ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+def part_names(parameter: str, concatenated: bool = True) -> tuple[str, ...]:
+    """The matrices of an expert of which a parameter is made, one below the other.
+
+    One, where it has rows of gate and up in turn.
+    """
+    return ("gate_proj", "up_proj") if parameter == "gate_up_proj" and concatenated else (parameter,)
 
 
 def refuse_unknown(name: str, experts: Any) -> None:
-    """GlqError for experts that do more than an activation between two products."""
-    names = {outer_name(experts), INNER}
-    extra = [key for key, _ in experts.named_parameters() if key not in names]
-    if experts.has_bias or not experts.is_concatenated or extra:
-        what = f"parameters {', '.join(extra)}" if extra else "rows of gate and up in turn"
-        raise GlqError(f"{name}: experts of type {type(experts).__name__} have {what}, which glq cannot quantize yet")
+    """GlqError for experts that have more than two products and their biases."""
+    names = {key + ending for key in (outer_name(experts), INNER) for ending in ("", BIAS)}
+    if extra := [key for key, _ in experts.named_parameters() if key not in names]:
+        kind = type(experts).__name__
+        raise GlqError(f"{name}: experts of type {kind} have {', '.join(extra)}, which glq cannot quantize yet")
+
+
+def expert_shapes(name: str, experts: Any) -> dict[str, tuple[int, int, int]]:
+    """How many experts, rows and columns each matrix of a module of experts has. GlqError for unknown ones."""
+    refuse_unknown(name, experts)
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for parameter in (outer_name(experts), INNER):
+        count, *sizes = experts.get_parameter(parameter).shape
+        rows, columns = reversed(sizes) if experts.is_transposed else sizes
+        parts = part_names(parameter, experts.is_concatenated)
+        shapes |= {part: (count, rows // len(parts), columns) for part in parts}
+    return shapes
 
 
 def refuse_other_experts(name: str, block: nn.Module) -> None:
@@ -56,9 +73,10 @@ class Experts(nn.Module):
         super().__init__()
         self.count: int = original.num_experts
         self.rest = original  # without its weights: the activation, and whatever that takes
-        self.outer_name = outer_name(original)
+        self.outer_name, self.concatenated = outer_name(original), bool(original.is_concatenated)
         for key in (self.outer_name, INNER):
             original._parameters.pop(key, None)
+            self.register_parameter(key + BIAS, original._parameters.pop(key + BIAS, None))
         original._is_hf_initialized = True  # or transformers looks for these, to fill them with random numbers
 
     def outer(self, x: Tensor, experts: Tensor) -> Tensor:
@@ -71,16 +89,27 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden], [tokens, k], [tokens, k] → [tokens, hidden]; a number that no expert has counts nothing."""
-        products = self.outer(hidden_states, top_k_index)
+        products = self._biased(self.outer(hidden_states, top_k_index), self.outer_name, top_k_index)
         inside = self.rest._apply_gate(products) if self.rest.has_gate else self.rest.act_fn(products)
-        y = self.inner(inside, top_k_index).view(*top_k_index.shape, -1)
+        y = self._biased(self.inner(inside, top_k_index), INNER, top_k_index).view(*top_k_index.shape, -1)
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    def _biased(self, y: Tensor, key: str, experts: Tensor) -> Tensor:
+        """Rows of a product with the bias of their expert; those that no expert has stay as they are."""
+        bias = getattr(self, key + BIAS)
+        if bias is None:
+            return y
+        of_row = experts.flatten()
+        known = (of_row >= 0) & (of_row < self.count)
+        return y + (bias[of_row.clamp(0, self.count - 1)] * known[:, None]).to(y.dtype)
 
     def restored(self, outer: Tensor, inner: Tensor) -> nn.Module:
         """The module this one stands for, with these weights, [experts, out, in]."""
         for key, weight in ((self.outer_name, outer), (INNER, inner)):
             value = weight.transpose(1, 2).contiguous() if self.rest.is_transposed else weight
             self.rest.register_parameter(key, nn.Parameter(value, requires_grad=False))
+            if (bias := getattr(self, key + BIAS)) is not None:
+                self.rest.register_parameter(key + BIAS, nn.Parameter(bias.to(weight.dtype), requires_grad=False))
         return self.rest
 
 
@@ -150,6 +179,7 @@ class DenseExperts(Experts):
         expected = self.restored(*(product.weight for product in self.products))(*args)
         for key in (self.outer_name, INNER):
             del self.rest._parameters[key]
+            self.rest._parameters.pop(key + BIAS, None)
         return bool((y - expected).norm() <= 1e-3 * expected.norm())
 
 
@@ -162,6 +192,16 @@ def quantizable(block: nn.Module) -> Iterator[tuple[str, nn.Linear | ExpertLinea
     beside = {name.rpartition(".")[0]: m.count for name, m in block.named_modules() if isinstance(m, DenseExperts)}
     for name, module in block.named_modules():
         inside = [count for parent, count in beside.items() if name.startswith(f"{parent}.")]
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain = isinstance(module, nn.Linear) and not why_not(module)
         if isinstance(module, ExpertLinear) or (plain and module.out_features > max(inside, default=0)):
             yield name, module
+
+
+def why_not(module: nn.Linear) -> str:
+    """Why a linear layer of a decoder block cannot be quantized; nothing if it can, unless it routes to experts."""
+    if type(module).forward is not nn.Linear.forward:
+        return "does more than a linear layer"
+    rows, columns = module.out_features, module.in_features
+    if math.ceil(rows / _TILE) * math.ceil(columns / _TILE) * _TILE**2 > 4 * rows * columns:
+        return "is too small: its tiles would be mostly padding"
+    return ""

@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -10,6 +13,27 @@ from glq.errors import GlqError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MOST_JSON = 100_000_000  # bytes of an index or a config, the limit that safetensors has for its headers
+
+
+def is_file(file: Path) -> bool:
+    """Whether a file is there; a name that no system takes is none."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file that nobody vouches for: GlqError if it is none, too deep or too large."""
+    try:
+        if file.stat().st_size > MOST_JSON:
+            raise GlqError(f"{file} has more than {MOST_JSON:,} bytes: do not trust it")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, GlqError):
+            raise
+        raise GlqError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -37,12 +61,19 @@ def read_index(path: Path) -> dict[str, str]:
 
 def tensor_names(file: Path) -> list[str]:
     """Names of the tensors of one file; GlqError if it is missing or damaged."""
-    if not file.is_file():
+    if not is_file(file):
         raise GlqError(f"{file} is missing: the model directory is incomplete")
+    with opened(file) as f:
+        return list(f.keys())
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; GlqError if it is damaged, which its header alone can say."""
     try:
         with safe_open(file, "pt") as f:
-            return list(f.keys())
-    except (SafetensorError, OSError) as error:
+            yield f
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise GlqError(f"{file} is damaged ({error}): download or quantize it again") from error
 
 
@@ -50,7 +81,7 @@ def tensor_shapes(path: Path, files: dict[str, str]) -> dict[str, tuple[str, tup
     """Tensor name → (safetensors dtype, shape, bytes), from the headers alone."""
     shapes = {}
     for file in sorted(set(files.values())):
-        with safe_open(path / file, "pt") as f:
+        with opened(path / file) as f:
             for name in f.keys():  # noqa: SIM118 - not a dict
                 view = f.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
@@ -66,9 +97,9 @@ def _bits(dtype: str) -> int:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = read_json(index)["weight_map"]
         good = isinstance(named, dict) and all(isinstance(v, str) for v in named.values())
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         good = False
     if not good:
         raise GlqError(f"{index} is not a safetensors index: download or quantize the model again")

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from glq.checkpoint import summarize
-from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig
+from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig, is_upstream
 from glq.embedding import QuantEmbedding, TiedHead, embedding_scale
 from glq.errors import GlqError
 from glq.fused import fuse
@@ -22,17 +22,22 @@ from glq.hub import resolve
 from glq.linear import QuantLinear
 from glq.machine import pick_device
 from glq.naming import Naming
-from glq.placing import place_experts
+from glq.placing import keep_from_initializing, place_experts
 from glq.quant_experts import ExpertsPart, QuantExperts
+from glq.upstream.format import UpstreamConfig
+from glq.upstream.placing import UpstreamPlacing
+from glq.upstream.placing import dequantize as dequantize_upstream
 
 
 @register_quantization_config(QUANT_METHOD)
 class GlqQuantizationConfig(QuantizationConfigMixin):
-    """GlqConfig in the form that transformers keeps on `model.config.quantization_config`."""
+    """GlqConfig, or upstream's, in the form that transformers keeps on `model.config.quantization_config`."""
 
     def __init__(self, **raw: Any) -> None:
         self.quant_method = QUANT_METHOD
-        self.glq = GlqConfig.from_dict({"quant_method": QUANT_METHOD} | raw)
+        raw = {"quant_method": QUANT_METHOD} | raw
+        self.upstream = UpstreamConfig.from_dict(raw) if is_upstream(raw) else None
+        self.glq = GlqConfig.from_dict(raw) if self.upstream is None else None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -40,6 +45,9 @@ class GlqQuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
+        if self.upstream is not None:
+            return dict(self.upstream.raw)
+        assert self.glq is not None
         return self.glq.to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -52,6 +60,7 @@ class GlqHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     _conversions: Sequence[Any] = ()
+    _upstream: UpstreamPlacing | None = None
 
     @property
     def _config(self) -> GlqConfig:
@@ -60,6 +69,11 @@ class GlqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        if self.quantization_config.upstream is not None:
+            folder = Path(checkpoint_files[0] if checkpoint_files else ".").parent
+            self._upstream = UpstreamPlacing(model, folder, self.quantization_config.upstream)
+            self._conversions = self._upstream.conversions
+            return
         naming = Naming(model)  # not kept: the model has this quantizer, and would keep itself
         self._conversions = place_experts(model, self._config, naming)
         for entry, module in self._config.modules.items():
@@ -77,6 +91,7 @@ class GlqHfQuantizer(HfQuantizer):
                 quantized = _quantized(original, module)
             tied = isinstance(quantized, QuantEmbedding) and _tied_head(model, original)
             model.set_submodule(name, quantized)
+            keep_from_initializing(model, name)
             if isinstance(quantized, QuantEmbedding) and tied:
                 model.set_output_embeddings(TiedHead(quantized))
                 model.all_tied_weights_keys = {}
@@ -92,6 +107,10 @@ class GlqHfQuantizer(HfQuantizer):
         return list(self._conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self._upstream is not None:
+            self._upstream.settle(model)
+            self._upstream = None  # and the headers of all files with it
+            return model
         for name, parameter in model.named_parameters():  # 5.19 leaves those that it renames as they were
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         for name, module in model.named_modules():
@@ -106,6 +125,7 @@ class GlqHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dequantize_upstream(model, dtype or torch.float32)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear | QuantExperts):
                 model.set_submodule(name, module.dequantize(dtype or torch.float32))
@@ -116,7 +136,7 @@ class GlqHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return True
+        return self.quantization_config.upstream is None
 
     @property
     def is_trainable(self) -> bool:
@@ -161,7 +181,7 @@ def load(
     wanted = dtype or (torch.float32 if where.type == "cpu" else "auto")
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=False, use_safetensors=True)
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

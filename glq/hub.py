@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from glq.errors import GlqError
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md", "e8_codebook.pt"]
 
 
 def resolve(model: str | Path) -> Path:
@@ -31,6 +31,6 @@ def resolve(model: str | Path) -> Path:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; GlqError if there is none that works."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise GlqError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Bytes of memory that the process can still have, within its control group; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = next(int(size) for name, size in stat if name == "inactive_file")
+        return min(free, int(limit) - int(used) + cached)
+    except (OSError, StopIteration, ValueError):  # no limit ("max"), or no such group
+        return free
 
 
 def release_memory() -> None:

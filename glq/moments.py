@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 PRIOR = 0.5  # times its inputs: tokens that the average of a layer counts for in the moments of each expert
+_ROWS = 1024  # of a matrix that are copied at once
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class Moments:
 
     hessian: Tensor
     drift: Tensor
+    largest: float = 0.0  # |x̂|
 
     def to(self, device: torch.device) -> "Moments":
-        return Moments(self.hessian.to(device), self.drift.to(device))
+        return Moments(self.hessian.to(device), self.drift.to(device), self.largest)
 
     def mixed(self, other: "Moments", weight: float) -> "Moments":
         """With `weight` of the other's in it."""
-        return Moments(self.hessian.lerp(other.hessian, weight), self.drift.lerp(other.drift, weight))
+        both = (self.hessian.lerp(other.hessian, weight), self.drift.lerp(other.drift, weight))
+        return Moments(*both, self.largest)
 
 
 class Sums:
@@ -30,6 +33,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.count = 0
+        self._ends: list[Tensor] = []
         self._upper: Tensor | None = None
         self._drift: Tensor | None = None
 
@@ -39,6 +43,7 @@ class Sums:
         if self._upper is None or self._drift is None:
             self._upper, self._drift = x.new_zeros(n, n), x.new_zeros(n, n)
         self.count += x.shape[0]
+        self._ends += torch.aminmax(x_hat)
         third = -(-n // 3)
         for start in range(0, n, third):
             rows = slice(start, start + third)
@@ -46,10 +51,21 @@ class Sums:
         self._drift.addmm_((x - x_hat).T, x_hat)
 
     def mean(self) -> Moments:
+        """To be asked for once: the sums become the means."""
         if self._upper is None or self._drift is None:
             raise RuntimeError("no inputs were added")
-        hessian = self._upper.triu().add_(self._upper.triu(1).T)
-        return Moments(hessian.div_(self.count), self._drift.div_(self.count))
+        largest = torch.stack(self._ends).abs().max().item()
+        return Moments(_whole(self._upper).div_(self.count), self._drift.div_(self.count), largest)
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """A symmetric matrix from its blocks on and above the diagonal, in place."""
+    for start in range(0, len(upper), _ROWS):
+        rows = slice(start, start + _ROWS)
+        upper[rows, :start] = upper[:start, rows].T
+        square = upper[rows, rows]
+        square.copy_(square.triu().add_(square.triu(1).T))
+    return upper
 
 
 def moments_of(inputs: Iterable[tuple[Tensor, ...]]) -> Moments:

@@ -88,13 +88,13 @@ class Naming:
         patterns, parts = converter.source_patterns, part_names(own)
         return name, parts[patterns.index(pattern)] if len(patterns) == len(parts) else own
 
-    def expert_entries(self, parameter: str, origin: Origin, count: int) -> tuple[str, ...]:
+    def expert_entries(self, parameter: str, origin: Origin, count: int, concatenated: bool) -> tuple[str, ...]:
         """Names for the matrices of each expert of a 3-D parameter, with * for its number; none if there is no way.
 
         Those of the files where these hold the experts one by one: then whatever loads the original finds these, too.
         """
         experts, _, own = parameter.rpartition(".")
-        parts = part_names(own)
+        parts = part_names(own, concatenated)
         patterns = [p for p in getattr(origin.converter, "source_patterns", ()) if p in origin.keys]
         starred = [_starred(origin.keys[p], count).removesuffix(".weight") for p in patterns]
         stored = origin.names[0].removesuffix(f".{own}")

@@ -1,6 +1,7 @@
 """The pipeline: calibration → rotation → rounding → checkpoint, one decoder block at a time."""
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,31 +13,25 @@ import torch
 from torch import Tensor
 
 from glq import __version__
-from glq.calibration import (
-    Call,
-    Group,
-    capture,
-    final_states,
-    microbatches,
-    read_text,
-    run_block,
-    walk,
-    windows,
-)
-from glq.checkpoint import CheckpointWriter
+from glq.calibration import Group, microbatches, read_text, walk, windows
 from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
 from glq.codecs.packing import TILE_COLS
 from glq.config import GlqConfig
+from glq.discovery import Call, capture, copied, final_states, look_ahead, run_block
 from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.files import INDEX
+from glq.findings import of_states
 from glq.hub import load_tokenizer, resolve
 from glq.machine import peak_memory, pick_device, release_memory
 from glq.moments import PRIOR, Moments, moments_of
+from glq.preflight import needs, refuse_unfit, refuse_unwritable
 from glq.progress import Listener, Progress, silent
 from glq.rounder import Choice, GroupRounder
 from glq.source import SourceModel
+from glq.spill import Spill
 from glq.spread import pick_devices
+from glq.writer import CheckpointWriter
 
 _TOKENS = {"cpu": 16384, "cuda": 262144}  # at most, where the settings do not say
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
@@ -113,6 +108,8 @@ class Result:
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
+    left: dict[str, str] = field(default_factory=dict)  # linear layers that stay as they are, and why
+    findings: dict[str, list[str]] = field(default_factory=dict)  # what could be wrong, by layers' or blocks' names
 
 
 def round_model(
@@ -124,11 +121,13 @@ def round_model(
     device: str = "auto",
     devices: Sequence[str] = (),
     plan: dict[str, Any] | None = None,
+    restart: bool = False,
     progress: Listener = silent,
 ) -> Result:
     """Round a model's decoder layers in one pass over its blocks, and write the checkpoint; as recipe.quantize.
 
-    plan: kept with the checkpoint, as glq_plan.json.
+    plan: kept with the checkpoint, as glq_plan.json. Goes on at the last block that an earlier call with the same
+    arguments finished, if that was stopped; restart: begin anew.
     """
     start = time.monotonic()
     settings = settings or Settings()
@@ -136,12 +135,13 @@ def round_model(
     where = shared[0]
     source, settings = open_model(model, settings)
     text = read_text(calibration)
+    spill = _refuse_unfit(source, settings, where, Path(out))
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
-    with CheckpointWriter(Path(out)) as writer:
+    with CheckpointWriter(Path(out), _record(source, settings, text, where, plan), restart) as writer:
         rounder = GroupRounder(writer, shared, settings.seed, settings.damping)
-        _round(source, tokens, settings, where, rounder, progress)
+        _round(source, tokens, settings, where, rounder, progress, Spill(writer.folder if spill else None))
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
@@ -152,14 +152,53 @@ def round_model(
         }
         writer.add_json("config.json", raw)
         record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        left = source.unquantized(stored)
+        if left:
+            record["left"] = left
         if rounder.tokens:
             record["expert_tokens"] = rounder.tokens
+        if rounder.findings:
+            record["findings"] = rounder.findings
         writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
         if plan is not None:
             writer.add_json("glq_plan.json", plan)
         writer.commit()
     unreached = _unreached(rounder.tokens, source)
-    return Result(Path(out), bits, time.monotonic() - start, peak_memory(), errors, unreached=unreached)
+    return Result(
+        Path(out),
+        bits,
+        time.monotonic() - start,
+        peak_memory(),
+        errors,
+        unreached=unreached,
+        left=left,
+        findings=rounder.findings,
+    )
+
+
+def _refuse_unfit(source: SourceModel, settings: Settings, device: torch.device, out: Path) -> bool:
+    """GlqError for what does not fit; whether what waits is to be kept on disk."""
+    refuse_unwritable(out)
+    codecs = {name: settings.codec_of(name) for name in source.layers}
+    what = needs(source, codecs, settings.tokens or _default_tokens(source, device), device)
+    refuse_unfit(what, out, device)
+    return what.spill
+
+
+def _record(
+    source: SourceModel, settings: Settings, text: str, device: torch.device, plan: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All that the bytes of a checkpoint depend on, so that work goes on under the same conditions alone."""
+    files = {name: (source.path / name).stat() for name in {*source.files.values(), "config.json"}}
+    return {
+        "glq": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "settings": asdict(settings),
+        "calibration": hashlib.sha256(text.encode()).hexdigest(),
+        "model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(files.items())},
+        "plan": None if plan is None else hashlib.sha256(json.dumps(plan).encode()).hexdigest(),
+    }
 
 
 def _unreached(tokens: dict[str, list[int]], source: SourceModel) -> dict[str, int]:
@@ -247,15 +286,28 @@ def _with_tied_rates(settings: Settings, source: SourceModel) -> Settings:
 
 @torch.no_grad()
 def _round(
-    source: SourceModel, tokens: Tensor, settings: Settings, device: torch.device, rounder: GroupRounder, show: Listener
+    source: SourceModel,
+    tokens: Tensor,
+    settings: Settings,
+    device: torch.device,
+    rounder: GroupRounder,
+    show: Listener,
+    spill: Spill,
 ) -> None:
     """Take the calibration tokens through the model, block by block, and round its layers on the way."""
-    batches = microbatches(tokens, device)
+    batches, writer = microbatches(tokens, device), rounder.writer
     reference, calls = capture(source, batches, device, torch.float32)
-    quantized = list(reference)
-    if settings.embeddings is not None:
+    source.left |= look_ahead(source, reference[0], calls[0], device)
+    quantized, first = list(reference), 0
+    if writer.saved is not None:
+        first = writer.saved["blocks"]
+        rounder.restore(writer.saved)
+        for name, state in writer.states():
+            (reference if name.startswith("reference") else quantized)[int(name[-6:])] = state.to(device)
+    elif settings.embeddings is not None:
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
         quantized, _ = capture(source, batches, device, torch.float32)
+    spill.put([*reference, *quantized])
 
     def choice(group: Group) -> Choice:
         shards = settings.tensor_parallel if source.row_parallel & group.layers.keys() else 1
@@ -264,10 +316,29 @@ def _round(
     def round_groups(groups: list[Group]) -> None:
         rounder(*map(choice, groups))
 
-    together, at_once = len(rounder.devices), settings.side_by_side
-    steps = walk(source, reference, quantized, calls, device, round_groups, together=together, side_by_side=at_once)
+    def ended(block: int) -> None:
+        rounder.note(source.blocks[block], of_states(reference))
+        states = {f"{name}.{i:06}": x for name, xs in both.items() for i, x in enumerate(xs)}
+        writer.save({"blocks": block + 1} | rounder.to_dict(), states, last=block + 1 == len(source.blocks))
+        spill.put([*reference, *quantized])
+
+    both = {"reference": reference, "quantized": quantized}
+    steps = walk(
+        source,
+        reference,
+        quantized,
+        calls,
+        device,
+        round_groups,
+        first=first,
+        together=len(rounder.devices),
+        side_by_side=settings.side_by_side,
+        spill=spill,
+        ended=ended,
+    )
     for names, done, total in steps:
-        show(Progress("rounding", done, total, f"{names[0]}  error {rounder.stored[names[0]].lost:.4f}"))
+        lost = rounder.stored[names[0]].lost
+        show(Progress("rounding", done, total, f"{names[0]}  error {lost:.4f}", names[0], lost))
     if settings.head is not None and not source.tied:
         states = final_states(source, batches, (reference, quantized), device)
         head = Group(source.as_linear(source.head, device), moments_of(states))
@@ -293,6 +364,7 @@ def _round_embeddings(
     width = layers[name].in_features
     hessian = torch.eye(width, device=device)
     if source.tied:
+        calls = [copied(of_blocks) for of_blocks in calls]
         for i, block in enumerate(source.blocks):
             loaded = source.load(block, device, torch.float32)
             for k, x in enumerate(hidden):

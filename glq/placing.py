@@ -7,10 +7,20 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from glq.config import GlqConfig, ModuleConfig
 from glq.errors import GlqError
-from glq.experts import INNER, is_experts, outer_name, part_names, refuse_unknown
+from glq.experts import expert_shapes, is_experts
 from glq.naming import Naming
 from glq.packed import PACKED_DTYPES
 from glq.quant_experts import QuantExperts
+
+
+def keep_from_initializing(model: nn.Module, name: str) -> None:
+    """Tell transformers that the module around a layer is whole: some fill the `weight` that a packed layer has not.
+
+    Unless it has buffers that are computed then, and stored in no file.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not parent._non_persistent_buffers_set:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def place_experts(model: nn.Module, config: GlqConfig, naming: Naming) -> list[WeightConverter]:
@@ -45,13 +55,7 @@ def _checked(model: nn.Module, name: str, modules: dict[str, ModuleConfig]) -> A
         original = None
     if original is None or not is_experts(original):
         raise GlqError(f"{name} are no experts of {type(model).__name__}: config.json is not its own")
-    refuse_unknown(name, original)
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for parameter in (outer_name(original), INNER):
-        count, *sizes = original.get_parameter(parameter).shape
-        rows, cols = reversed(sizes) if original.is_transposed else sizes
-        parts = part_names(parameter)
-        shapes |= {part: (count, rows // len(parts), cols) for part in parts}
+    shapes = expert_shapes(name, original)
     given = {part: (m.experts, m.out_features, m.in_features) for part, m in modules.items()}
     if given != shapes:
         raise GlqError(

@@ -70,7 +70,7 @@ class QuantExperts(Experts):
     @property
     def parts(self) -> tuple[ExpertsPart, ...]:
         """The matrices that multiply what the layer reads."""
-        return tuple(getattr(self, name) for name in part_names(self.outer_name))
+        return tuple(getattr(self, name) for name in part_names(self.outer_name, self.concatenated))
 
     def join(self) -> None:
         """Give the codes and scales of one product one tensor each, of which the parts' buffers become views."""

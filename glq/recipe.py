@@ -1,6 +1,6 @@
 """From a model to a checkpoint: plan where layers differ, round, tune. What `glq quantize` does."""
 
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ def quantize(
     mixed: bool | None = None,
     plan: Plan | None = None,
     tuning: TuneSettings | None = None,
+    restart: bool = False,
     progress: Listener = silent,
 ) -> Result:
     """Quantize a Hugging Face model directory (or hub name) into the checkpoint directory `out`.
@@ -38,8 +39,9 @@ def quantize(
     rounding is shared out, instead of `device`; the first does the rest, and the bytes are those of one alone. mixed:
     let layers differ in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this
     one instead of measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the
-    model, the text, the settings or `out` are not fit for it; nothing is overwritten. Beside the checkpoint lie
-    report.html, report.json and a model card.
+    model, the text, the settings or `out` are not fit for it; nothing is overwritten. After a crash, Ctrl-C or a full
+    disk, a call with the same arguments goes on at the last block that was finished; restart: begin anew. Beside the
+    checkpoint lie report.html, report.json and a model card.
     """
     settings = settings or Settings(bits=3 if plan is None else plan.bits)
     if plan is not None and plan.bits != settings.bits:
@@ -64,26 +66,23 @@ def quantize(
     kept = None
     if plan is not None:
         settings, kept = replace(settings, layers=(*plan.layers, *settings.layers)), plan.to_dict()
-    if tuning is None:
-        result = round_model(
-            model, out, settings, plan=kept, calibration=calibration, device=device, devices=devices, progress=progress
-        )
-    else:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{out.name}.", suffix=".untuned", dir=out.absolute().parent
-        ) as folder:
-            rounded = Path(folder) / "rounded"
-            result = round_model(
-                model,
-                rounded,
-                settings,
-                plan=kept,
-                calibration=calibration,
-                device=device,
-                devices=devices,
-                progress=progress,
-            )
-            tuned = tune(rounded, out, model, tuning, text=calibration, device=device, progress=progress)
+    into = out if tuning is None else _untuned(out)
+    result = round_model(
+        model,
+        into,
+        settings,
+        plan=kept,
+        calibration=calibration,
+        device=device,
+        devices=devices,
+        restart=restart,
+        progress=progress,
+    )
+    if tuning is not None:
+        try:
+            tuned = tune(into, out, model, tuning, text=calibration, device=device, progress=progress)
+        finally:
+            shutil.rmtree(into, ignore_errors=True)
         result = replace(result, path=out, seconds=result.seconds + tuned.seconds, tuned=(tuned.before, tuned.after))
     report = make_report(
         out,
@@ -95,3 +94,11 @@ def quantize(
     )
     write_pages(out, report)
     return result
+
+
+def _untuned(out: Path) -> Path:
+    """Where the checkpoint lies that is tuned then. One that is whole is of a run that was stopped while it tuned."""
+    folder = out.absolute().parent / f".{out.name}.untuned"
+    if folder.exists():
+        shutil.rmtree(folder)
+    return folder

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from glq import spread
+from glq import findings, spread
 from glq.calibration import Group
-from glq.checkpoint import CheckpointWriter
 from glq.codecs import Codec, get_codec
 from glq.codecs.packing import tile_rows
 from glq.config import ModuleConfig
@@ -22,15 +22,20 @@ from glq.rotation import block_width, random_signs, rotate, unrotate
 from glq.rounding import (
     GraphedPanelRounder,
     PanelRounder,
+    Rounded,
+    all_finite,
+    damped_factor,
+    energy,
     factor,
     feedback,
-    objective,
     round_matrix,
     round_panel,
     solve,
 )
+from glq.writer import CheckpointWriter
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
+_AT_ONCE = 2**22  # elements of moments that are rotated at once
 _FULL = 8192  # rows of which every column keeps all of a GPU busy, about
 
 
@@ -75,7 +80,8 @@ class GroupRounder:
     def __init__(self, writer: CheckpointWriter, devices: Sequence[torch.device], seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
         self.tokens: dict[str, list[int]] = {}
-        self._writer, self.devices, self._seed, self._damping = writer, devices, seed, damping
+        self.findings: dict[str, list[str]] = {}
+        self.writer, self.devices, self._seed, self._damping = writer, devices, seed, damping
         self._panels: list[PanelRounder] = [round_panel for _ in devices]
         if devices[0].type == "cuda":
             capturing = Lock()
@@ -90,29 +96,49 @@ class GroupRounder:
         """
         chosen = [part for choice in choices for part in self._parts(choice)]
         rounded = spread.run(self.devices, [self._task(part) for part in chosen])
-        for part, (packed, lost) in zip(chosen, rounded, strict=True):
+        for part, (packed, lost, found) in zip(chosen, rounded, strict=True):
             self._keep(part, packed, lost)
+            self.note(", ".join(part.layers), found, part.group.expert)
+
+    def note(self, name: str, found: list[str], expert: int | None = None) -> None:
+        """Have findings in the record, under a name."""
+        if found:
+            own = name if expert is None else name.replace("*", str(expert))
+            self.findings.setdefault(own, []).extend(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was done, as JSON."""
+        stored = {name: [s.module.to_dict(), s.nbytes, s.lost] for name, s in self.stored.items()}
+        return {"stored": stored, "tokens": self.tokens, "findings": self.findings}
+
+    def restore(self, done: dict[str, Any]) -> None:
+        """Go on after what another one did, in the form of `to_dict`."""
+        self.tokens, self.findings = done["tokens"], done["findings"]
+        self.stored = {n: Stored(ModuleConfig(**module), *rest) for n, (module, *rest) in done["stored"].items()}
 
     def _parts(self, choice: Choice) -> Iterator["_Part"]:
         """The layers of a group that one codec takes, as one matrix."""
         group, codecs = choice.group, choice.codecs
         first = next(iter(group.layers))
-        if not torch.isfinite(group.moments.hessian).all():
+        if not all_finite(group.moments.hessian):
             raise GlqError(f"{first} reads NaN or infinite values on the calibration text: the model is broken")
         if group.expert is not None:
             self.tokens.setdefault(first, []).append(group.tokens)
-        for codec in dict.fromkeys(codecs.values()):
+        different = dict.fromkeys(codecs.values())
+        for codec in different:
             layers = {name: layer for name, layer in group.layers.items() if codecs[name] == codec}
-            yield _Part(group, layers, get_codec(codec), group_seed(self._seed, first), choice.shards)
+            alone = len(different) == 1 and group.expert is None
+            yield _Part(group, layers, get_codec(codec), group_seed(self._seed, first), choice.shards, alone)
 
-    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float]]:
-        def work(index: int) -> tuple[list[PackedLinear], float]:
+    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float, list[str]]]:
+        def work(index: int) -> tuple[list[PackedLinear], float, list[str]]:
             device, members = self.devices[index], list(part.layers.values())
             there = members if index == 0 else [_moved(layer, device) for layer in members]
             moments = part.group.moments if index == 0 else part.group.moments.to(device)
-            panels = self._panels[index]
-            packed, lost = round_layers(there, moments, part.codec, part.seed, self._damping, panels, part.shards)
-            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost
+            panels, how = self._panels[index], (part.codec, part.seed, self._damping)
+            found = findings.of_input(moments)
+            packed, lost = round_layers(there, moments, *how, panels, part.shards, part.alone, found)
+            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost, found
 
         return spread.Task(part.size, work)
 
@@ -123,7 +149,7 @@ class GroupRounder:
                 raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
             layer.weight.data = p.dequantize()
             own = name if expert is None else name.replace("*", str(expert))
-            self._writer.add({f"{own}.codes": p.codes, f"{own}.scale": p.scale, f"{own}.signs": p.signs})
+            self.writer.add({f"{own}.codes": p.codes, f"{own}.scale": p.scale, f"{own}.signs": p.signs})
             done = Stored(ModuleConfig(p.codec, p.in_features, p.out_features, p.block), p.nbytes, lost)
             if expert is not None:
                 done = self.stored.get(name, replace(done, nbytes=0)).joined(done)
@@ -139,6 +165,7 @@ class _Part:
     codec: Codec
     seed: int
     shards: int
+    alone: bool  # no other part reads the moments: they may be overwritten
 
     @property
     def size(self) -> float:
@@ -161,14 +188,29 @@ def round_layers(
     damping: float,
     panels: PanelRounder = round_panel,
     shards: int = 1,
+    overwrite: bool = False,
+    found: list[str] | None = None,
 ) -> tuple[list[PackedLinear], float]:
-    """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost."""
+    """Round linear layers that read the same input, as one matrix: them packed, and the share of energy lost.
+
+    overwrite: the moments may be, which saves the memory of two matrices. found: gets what is worth knowing.
+    """
+    found = [] if found is None else found
     height = tile_rows(codec.group)
     weight = torch.cat([pad(layer.weight.float(), (0, 0, 0, -layer.out_features % height)) for layer in layers])
-    p = _pose(weight, moments, seed, damping, shards)
-    rounded = round_matrix(p.target, p.hessian, p.factor, codec, panels)
-    scale = rounded.scale.to(torch.float16)
-    lost = objective(p.target, rounded.values * scale.float()[:, None], p.hessian).item()
+    p = _pose(weight, moments, seed, damping, shards, overwrite)
+    del weight
+    found += findings.of_damping(damping, p.damping)
+    whole = energy(p.target, p.hessian)
+    rounded, scale, lost = _rounded(p, p.factor, codec, panels, whole)
+    plain = findings.expected_loss(p.target, p.hessian, codec.mse) / whole.item() if whole > 0 else lost
+    if lost > findings.WORSE * plain:
+        without = _rounded(p, torch.eye(len(p.hessian), dtype=torch.float64, device=whole.device), codec, panels, whole)
+        found.append(
+            f"loses {lost:.3g} where plain rounding is expected to lose {plain:.3g}, and does {without[2]:.3g}"
+        )
+        if without[2] < lost:
+            rounded, scale, lost = without
     packed, tile = [], 0
     for layer in layers:
         tiles = -(-layer.out_features // height)
@@ -178,6 +220,15 @@ def round_layers(
         packed.append(PackedLinear(codec.name, *shape, p.block, codes, scale[rows].clone(), pack_signs(p.signs)))
         tile += tiles
     return packed, lost
+
+
+def _rounded(
+    p: "_Problem", m: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
+) -> tuple[Rounded, Tensor, float]:
+    """With the fp16 scales that are stored, and the share of the whole energy that is lost with these."""
+    rounded = round_matrix(p.target, p.hessian, m, codec, panels)
+    scale = rounded.scale.to(torch.float16)
+    return rounded, scale, (energy(p.target - rounded.values * scale.float()[:, None], p.hessian) / whole).item()
 
 
 def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping: float, mse: float) -> None:
@@ -207,17 +258,21 @@ class _Problem:
     factor: Tensor
     signs: Tensor
     block: int
+    damping: float  # that the factor took
 
 
-def _pose(weight: Tensor, moments: Moments, seed: int, damping: float, shards: int = 1) -> _Problem:
+def _pose(
+    weight: Tensor, moments: Moments, seed: int, damping: float, shards: int = 1, overwrite: bool = False
+) -> _Problem:
     """Rotate, and move the weights [out, in] towards those that fit the reference's outputs best."""
     block = block_width(weight.shape[1], shards)
     signs = random_signs(weight.shape[1], torch.Generator().manual_seed(seed)).to(weight.device)
-    h, drift = (_rotate_both(moment, signs, block) for moment in (moments.hessian, moments.drift))
+    both = (moments.hessian, moments.drift)
+    h, drift = (_rotate_both(moment if overwrite else moment.clone(), signs, block) for moment in both)
     target = rotate(weight, signs, block)
-    m = factor(h, damping)
+    m, taken = damped_factor(h, damping)
     target += HALF_STEP * solve(m, target @ drift)
-    return _Problem(target, h, m, signs, block)
+    return _Problem(target, h, m, signs, block, taken)
 
 
 def group_seed(seed: int, name: str) -> int:
@@ -226,5 +281,12 @@ def group_seed(seed: int, name: str) -> int:
 
 
 def _rotate_both(h: Tensor, signs: Tensor, block: int) -> Tensor:
-    """R·h·Rᵀ."""
-    return rotate(rotate(h, signs, block).T, signs, block).T.contiguous()
+    """R·h·Rᵀ, in the memory of h [in, in]: on a CPU some rows and columns at a time, which changes no bit there."""
+    step = max(64, _AT_ONCE // h.shape[1]) if h.device.type == "cpu" else len(h)
+    for some in range(0, len(h), step):
+        rows = h[some : some + step]
+        rows.copy_(rotate(rows, signs, block))
+    for some in range(0, len(h), step):
+        columns = h[:, some : some + step]
+        columns.copy_(rotate(columns.T, signs, block).T)
+    return h

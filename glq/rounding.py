@@ -18,6 +18,8 @@ from glq.codecs.packing import STRIP, TILE_COLS, tile_rows
 
 BLOCK = 2  # columns of a strip
 PANEL = TILE_COLS
+_AT_ONCE = 2**22  # elements that a step of preparing a matrix copies
+_ROWS = 8192  # rows, on a GPU: fewer would change which product it takes, and so the last bit
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,64 @@ class Rounded:
 
 
 def factor(h: Tensor, damping: float) -> Tensor:
-    """M upper triangular with M·Mᵀ = h + λI.
+    """The factor of `damped_factor` alone."""
+    return damped_factor(h, damping)[0]
+
+
+def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M upper triangular with M·Mᵀ = h + λI, and the damping that it took.
 
     h [in, in] symmetric, positive semi-definite; λ = damping · mean(diag h), made ten times larger as often as the
     factorization fails. A zero or non-finite h (a layer that calibration never reached) counts as the identity.
     Returns [in, in] fp64.
     """
-    flipped = h.flip(0, 1).double()
-    diagonal = flipped.diagonal()
-    mean = diagonal.mean()
-    if not torch.isfinite(flipped).all() or mean <= 0:
-        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device)
-    added = 0.0
+    flipped = _flipped(h)
+    mean = flipped.diagonal().mean()
+    if not all_finite(h) or mean <= 0:
+        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device), damping
+    added, steps = 0.0, list[Tensor]()
     while True:
-        diagonal += (damping - added) * mean
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        steps.append((damping - added) * mean)
+        for step in steps:  # one after the other: rounded like this since the first version
+            flipped.diagonal().add_(step)
+        failed = torch.zeros((), dtype=torch.int32, device=h.device)
+        torch.linalg.cholesky_ex(flipped, out=(flipped, failed))  # in place: these matrices are what memory goes to
         if not failed:
-            return lower.flip(0, 1)
+            _reverse(flipped.mT.view(-1))
+            return flipped, damping
         added, damping = damping, 10 * damping
+        flipped = _flipped(h)
+
+
+def _flipped(h: Tensor) -> Tensor:
+    """h with rows and columns in reverse, fp64, a column contiguous as LAPACK has it."""
+    flipped = torch.empty(h.shape, dtype=torch.float64, device=h.device).mT
+    for start in range(0, len(h), _chunk(h)):
+        rows = h[start : start + _chunk(h)]
+        flipped[len(h) - start - len(rows) : len(h) - start] = rows.flip(0, 1)
+    return flipped
+
+
+def _reverse(flat: Tensor) -> None:
+    """Reverse a vector in place, without a second one."""
+    half, size = len(flat) // 2, len(flat)
+    for start in range(0, half, _AT_ONCE):
+        end = min(start + _AT_ONCE, half)
+        front, back = flat[start:end], flat[size - end : size - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, found a piece at a time."""
+    rows = max(1, _AT_ONCE * len(x) // x.numel()) if x.numel() and x.ndim else 1
+    return all(bool(torch.isfinite(part).all()) for part in (x.split(rows) if x.ndim else [x]))
+
+
+def _chunk(h: Tensor) -> int:
+    """Rows of a matrix to treat at once: on a CPU few, for little memory, which changes no bit there."""
+    return max(64, _AT_ONCE // h.shape[1]) if h.device.type == "cpu" else _ROWS
 
 
 def feedback(m: Tensor) -> Tensor:
@@ -58,9 +100,13 @@ def feedback(m: Tensor) -> Tensor:
         m[-1, -1] = 1
     index = torch.arange(m.shape[0], device=m.device).view(-1, BLOCK)
     diagonal = m[index[:, :, None], index[:, None, :]]  # [blocks, 2, 2]
-    columns = m.view(m.shape[0], -1, BLOCK).transpose(0, 1)  # [blocks, in, 2]
-    unit = torch.linalg.solve_triangular(diagonal, columns, upper=True, left=False)
-    return unit.transpose(0, 1).reshape_as(m)[:size, :size].float()
+    unit = torch.empty(size, size, device=m.device)
+    for start in range(0, size, _chunk(m)):
+        rows = m[start : min(start + _chunk(m), size)]
+        columns = rows.view(len(rows), -1, BLOCK).transpose(0, 1)  # [blocks, rows, 2]
+        done = torch.linalg.solve_triangular(diagonal, columns, upper=True, left=False)
+        unit[start : start + len(rows)] = done.transpose(0, 1).reshape(len(rows), -1)[:, :size]
+    return unit
 
 
 def solve(m: Tensor, b: Tensor) -> Tensor:
@@ -89,8 +135,9 @@ def ldlq(w: Tensor, n: Tensor, codec: Codec, round_panel: "PanelRounder") -> tup
     """
     rows, cols = w.shape
     extra_rows, extra_cols = -rows % tile_rows(codec.group), -cols % TILE_COLS
-    target = pad(w, (0, extra_cols, 0, extra_rows)).T.contiguous()  # [in, out]: a block of columns is contiguous
-    n = pad(n, (0, extra_cols, 0, extra_cols))
+    if extra_rows or extra_cols:
+        w, n = pad(w, (0, extra_cols, 0, extra_rows)), pad(n, (0, extra_cols, 0, extra_cols))
+    target = w.T.contiguous()  # [in, out]: a block of columns is contiguous
     values, error = torch.empty_like(target), torch.empty_like(target)
     codes = []
     for start in range(0, target.shape[0], PANEL):
@@ -190,5 +237,9 @@ def refit(w: Tensor, values: Tensor, h: Tensor, fallback: Tensor) -> Tensor:
 
 def objective(w: Tensor, rounded: Tensor, h: Tensor) -> Tensor:
     """tr((w − rounded) h (w − rounded)ᵀ) / tr(w h wᵀ), a scalar: the share of the output's energy that is lost."""
-    e = w - rounded
-    return ((e @ h) * e).sum() / ((w @ h) * w).sum()
+    return energy(w - rounded, h) / energy(w, h)
+
+
+def energy(w: Tensor, h: Tensor) -> Tensor:
+    """tr(w h wᵀ), a scalar: of what w [out, in] gives for inputs with the second moments h."""
+    return ((w @ h) * w).sum()

@@ -15,18 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from glq.calibration import (
-    Call,
-    capture,
-    final_states,
-    find_groups,
-    microbatches,
-    read_text,
-    run_block,
-    walk,
-    windows,
-)
 from glq.calibration import Group as ReadByOne
+from glq.calibration import microbatches, read_text, walk, windows
+from glq.discovery import Call, capture, final_states, find_groups, look_ahead, run_block
 from glq.evaluation import total_divergence
 from glq.experts import ExpertLinear
 from glq.hub import load_tokenizer
@@ -117,6 +108,7 @@ class _Bench:
         set_aside = microbatches(ids[aside], device)
         self._batches, self._held_out = [*microbatches(ids[~aside], device), *set_aside], len(set_aside)
         self.reference, self._calls = capture(self.source, self._batches, device, torch.float32)
+        self.source.left |= look_ahead(self.source, self.reference[0], self._calls[0], device)
         self.source.load(self.source.head, device, torch.float32)  # stays: every measurement ends there
 
     def look(self, states: list[Tensor], start: int, end: int) -> tuple[list[Group], list[Tensor]]:
@@ -125,7 +117,7 @@ class _Bench:
         for i, name in enumerate(self.source.blocks[start:end], start):
             block = self.source.load(name, self.device, torch.float32)
             calls: list[Call] = [of_blocks[i] for of_blocks in self._calls]
-            for members in find_groups(block, states[0][:1], calls[0]):
+            for members in find_groups(block, states[0], calls[0])[0]:
                 layers = {f"{name}.{member}": block.get_submodule(member) for member in members}
                 names = tuple(entry for full, layer in layers.items() for entry in self.source.entries(full, layer))
                 groups.append(Group(names, tuple(s for layer in layers.values() for s in _shapes(layer)), 0.0))

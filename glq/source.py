@@ -1,11 +1,11 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,9 +19,18 @@ from transformers import (
 )
 
 from glq.errors import GlqError
-from glq.experts import DenseExperts, ExpertLinear, is_experts, quantizable, refuse_other_experts, refuse_unknown
-from glq.files import read_index
+from glq.experts import (
+    DenseExperts,
+    ExpertLinear,
+    is_experts,
+    quantizable,
+    refuse_other_experts,
+    refuse_unknown,
+    why_not,
+)
+from glq.files import read_index, read_json
 from glq.naming import Naming, Origin
+from glq.rounding import all_finite
 
 
 class SourceModel:
@@ -38,7 +47,7 @@ class SourceModel:
         self.files = read_index(path)  # tensor name -> file name
         try:
             with init_empty_weights():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise GlqError(
                 f"{path}: transformers cannot build a causal language model of type {self.config.model_type!r}: "
@@ -51,6 +60,8 @@ class SourceModel:
         self.blocks = _find_blocks(self.model, self.config.model_type)
         for block in self.blocks:
             refuse_other_experts(block, self.module(block))
+        self.left: dict[str, str] = {}  # layers of blocks that were found to have to stay as they are, and why
+        self.block_output: Callable[[Tensor], Any] = lambda x: x  # what a block returns for its hidden states
         self.replaced: dict[str, Tensor] = {}  # tensors that `read` returns instead of those in the files
         self._check_complete()
 
@@ -87,11 +98,21 @@ class SourceModel:
         """Whether embeddings and lm_head are one matrix."""
         return self.stored_name(f"{self.head}.weight") == self.stored_name(f"{self.embeddings}.weight")
 
-    @cached_property
+    @property
     def layers(self) -> dict[str, int]:
         """The layers of the decoder blocks that can be quantized, by name; how many inputs each has."""
-        modules = ((f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b)))
-        return {name: module.in_features for n, module in modules for name in self.entries(n, module)}
+        modules = [(f"{b}.{n}", m) for b in self.blocks for n, m in quantizable(self.module(b))]
+        return {e: module.in_features for n, module in modules if n not in self.left for e in self.entries(n, module)}
+
+    def unquantized(self, stored: Collection[str]) -> dict[str, str]:
+        """The linear layers that are not among those stored, and why; by the names of their modules."""
+        reasons = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and self.entries(name, module)[0] not in stored:
+                block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
+                other = "is outside of the decoder blocks" if block is None else why_not(module) or "routes to experts"
+                reasons[name] = self.left.get(name, other)
+        return reasons
 
     def entries(self, name: str, module: nn.Module) -> tuple[str, ...]:
         """The names that a layer's matrices have in files, without the ending; with * for the number of an expert."""
@@ -125,8 +146,11 @@ class SourceModel:
     def _name(self, module: nn.Module) -> str:
         return next(name for name, candidate in self.model.named_modules() if candidate is module)
 
-    def load(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones."""
+    def load(self, name: str, device: torch.device, dtype: torch.dtype, rows: Tensor | None = None) -> nn.Module:
+        """Give the submodule `name` its weights, cast to dtype. GlqError for NaN or infinite ones.
+
+        rows: of a matrix that are needed; the others are not filled in, and take no memory on a CPU.
+        """
         module = self.module(name)
         prefix = name + "." if name else ""
         for key, parameter in list(module.named_parameters()):
@@ -141,9 +165,15 @@ class SourceModel:
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
                     f"{list(value.shape)}: config and weights do not belong together"
                 )
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
-            _set(module, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
+            if rows is None or value.ndim != 2:
+                value = value.to(device, dtype)
+            else:
+                some = torch.empty(value.shape, device=device, dtype=dtype)
+                some[rows.to(device)] = value[rows].to(device, dtype)
+                value = some
+            _set(module, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(module.named_buffers()):
             if prefix + key in self._origins:
                 buffer = self._read_parameter(prefix + key)
@@ -197,7 +227,7 @@ class SourceModel:
                         raise GlqError(
                             f"{self.path} lacks some of the {split.count} experts of {name}: it is incomplete"
                         )
-                    product.entries = self._naming.expert_entries(own, origin, split.count)
+                    product.entries = self._naming.expert_entries(own, origin, split.count, split.concatenated)
                     if not product.entries:
                         raise GlqError(f"{own}: transformers makes it of {origin.names[0]}, which glq does not know")
                     self._parameters[f"{own}.weight"] = own
@@ -206,8 +236,14 @@ class SourceModel:
             self.model.set_submodule(name, split)
 
     @contextmanager
-    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts."""
+    def outside_blocks(
+        self, device: torch.device, dtype: torch.dtype, tokens: Sequence[Tensor]
+    ) -> Iterator[PreTrainedModel]:
+        """The model with everything but the decoder blocks and the lm_head loaded, for as long as the context lasts.
+
+        tokens: all that are embedded meanwhile.
+        """
+        used = torch.cat([batch.flatten() for batch in tokens]).unique()
         head = self.model.get_output_embeddings()
         skip = {id(p) for b in self.blocks for p in self.module(b).parameters()}
         skip |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -219,7 +255,7 @@ class SourceModel:
         ]
         outside = [name for name in owners if not any(name == b or name.startswith(b + ".") for b in self.blocks)]
         for name in outside:
-            self.load(name, device, dtype)
+            self.load(name, device, dtype, used if name == self.embeddings else None)
         try:
             yield self.model
         finally:
@@ -241,23 +277,22 @@ def _read_config(path: Path) -> PretrainedConfig:
     if not file.is_file():
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method")
-            raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
-        return AutoConfig.from_pretrained(path)
-    except GlqError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        quantization = read_json(file).get("quantization_config")
+        if quantization is None:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         first = str(error).strip().splitlines()[0]
         raise GlqError(f"{file} is not a config that transformers reads: {first}") from error
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
 
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
     """The decoder blocks: the elements of the module list with the most weights in linear layers, experts included."""
     best, size, length = "", 0, 0
+    text = _text_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and name.startswith(text):
             layers = (m for m in module.modules() if isinstance(m, nn.Linear | ExpertLinear))
             count = sum(layer.weight.numel() for layer in layers)
             if count > size and not (best and name.startswith(best + ".")):
@@ -267,6 +302,17 @@ def _find_blocks(model: nn.Module, model_type: str) -> list[str]:
             f"no decoder blocks with linear layers were found in a {model_type!r} model: it is not supported"
         )
     return [f"{best}.{i}" for i in range(length)]
+
+
+def _text_model(model: nn.Module) -> str:
+    """What the names of the modules that write text begin with: other parts may have more weights."""
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return ""
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    holds = isinstance(decoder, nn.Module) and any(isinstance(m, nn.ModuleList) for m in decoder.modules())
+    return f"{name}." if name and holds else ""
 
 
 def _set(module: nn.Module, key: str, value: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from glq.calibration import read_text, windows
-from glq.checkpoint import DIGESTS, CheckpointWriter, read_config
+from glq.checkpoint import DIGESTS, read_config
 from glq.embedding import QuantEmbedding
 from glq.errors import GlqError
 from glq.evaluation import last_states, log_probabilities, mean_divergence
@@ -35,6 +35,7 @@ from glq.quant_experts import QuantExperts
 from glq.rendering import write_pages
 from glq.report import REPORT, after_tuning, read_report
 from glq.sampling import sample_windows
+from glq.writer import CheckpointWriter
 
 _CHUNK = 512  # positions whose logits over the vocabulary are held at once
 _LARGE = 3e9  # bytes of weight files from which weights are held in bf16
@@ -159,7 +160,7 @@ def _precision(model: str | Path, device: torch.device) -> torch.dtype:
 
 
 def _load(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype, use_safetensors=True)
     return loaded.to(device).eval().requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--upstream-fixtures", help="directory of checkpoints that upstream glq wrote")
 
 
 def pytest_collection_modifyitems(config, items):

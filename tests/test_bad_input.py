@@ -1,11 +1,13 @@
 """What is refused, how it says so, and that nothing is lost: GlqError of a line or two, exit code 2, no traceback."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,7 +164,7 @@ def test_output_that_cannot_be_written(tiny_model, tiny_settings, text_file, tmp
 
 def test_an_interrupted_run_leaves_nothing(tiny_model, tiny_settings, text_file, tmp_path):
     def stop(progress):
-        if progress.done == 3:
+        if progress.done == 3:  # of the first block, before there is anything to go on from
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -281,6 +283,52 @@ def test_index_that_names_what_is_not_there(checkpoint):
     index.write_text("[]")
     with pytest.raises(GlqError, match="is not a safetensors index"):
         inspect(checkpoint)
+
+
+def test_a_config_changed_within_its_shapes_is_found(checkpoint):
+    """Two codecs of 28 bits: without the digest, the one would be taken for the other."""
+    import glq.checkpoint
+
+    edit_json(checkpoint / "config.json", quantization(lambda q: q["modules"][NAME].update(block=48)))
+    unreadable(checkpoint, "has another quantization_config than was written")
+    edit_json(checkpoint / glq.checkpoint.DIGESTS, lambda d: d.pop("config"))
+    inspect(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("config.json", "[" * 100_000, "cannot be read"),
+        ("glq_sha256.json", "[]", "holds no digests"),
+        ("glq_sha256.json", '{"sha256": {}}', "is not the file that was written"),
+        ("model.safetensors.index.json", '{"weight_map": ' * 50_000, "cannot be read"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "9" * 300 + ".safetensors"}}), "is missing"),
+    ],
+)
+def test_json_that_nobody_vouches_for(checkpoint, name, text, match):
+    (checkpoint / name).write_text(text)
+    with pytest.raises(GlqError, match=match):
+        inspect(checkpoint)
+
+
+def test_code_that_comes_with_a_model_is_not_run(refused, model):
+    (model / "own.py").write_text("raise SystemExit('was run')")
+    edit_json(
+        model / "config.json",
+        lambda c: c.update(model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
+    )
+    refused(model, "is not a config that transformers reads: .*custom code")
+
+
+def test_mutated_checkpoints(tmp_path):
+    """As bench/fuzz.py does at length."""
+    fuzz = Path(__file__).parent.parent / "bench" / "fuzz.py"
+    line = [sys.executable, str(fuzz), "--count", "300", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(fuzz.parent.parent)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "300 mutants" in done.stdout
 
 
 def test_giant_header(checkpoint):

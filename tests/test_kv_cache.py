@@ -90,6 +90,13 @@ def test_update_returns_the_decoded_states(dtype, key_bits, value_bits, first):
     assert torch.equal(parts[-1][0][..., :first, :], parts[0][0])
 
 
+def test_without_a_centre_keys_are_as_values():
+    states = torch.randn(2, 3, 50, 64) + 10
+    cache = GlqCache(4, centre=False)
+    assert torch.equal(*cache.update(states, states, 0))
+    assert cache.layers[0].centre is None
+
+
 def test_what_all_keys_share_costs_nothing():
     shared, own = 10 * torch.randn(2, 3, 1, 64), torch.randn(2, 3, 100, 64)
     keys, values = GlqCache(4).update(shared + own, shared + own, 0)

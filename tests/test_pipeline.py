@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import glq
 import glq.hf_integration
 from glq import GlqError, Settings, quantize
-from glq.calibration import calibrate_block, capture, find_groups
+from glq.calibration import calibrate_block
 from glq.checkpoint import inspect, read_config
+from glq.discovery import capture, find_groups
 from glq.linear import QuantLinear
 from glq.source import SourceModel
 
@@ -166,13 +167,13 @@ def test_variants_of_a_model(change, text_file, tmp_path):
 def test_sharded_source_and_sharded_output(
     tiny_model, tiny_checkpoint, tiny_settings, text_file, tmp_path, monkeypatch
 ):
-    import glq.checkpoint as checkpoint
+    import glq.writer as writer
 
     load(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model / name, tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
     quantize(tmp_path / "model", tmp_path / "out", tiny_settings, calibration=text_file, device="cpu")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     ids = torch.arange(60)[None]
@@ -184,7 +185,7 @@ def test_layers_that_read_the_same_input_are_one_group(tiny_model):
     device = torch.device("cpu")
     hidden, calls = capture(source, [torch.arange(32)[None]], device, torch.float32)
     block = source.load(source.blocks[0], device, torch.float32)
-    groups = find_groups(block, hidden[0], calls[0][0])
+    groups, _ = find_groups(block, hidden[0], calls[0][0])
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
@@ -202,7 +203,7 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
     name = source.blocks[0]
     block = source.load(name, device, torch.float32)
     first = [c[0] for c in calls]
-    groups = find_groups(block, inputs[0], first[0])
+    groups, _ = find_groups(block, inputs[0], first[0])
     reference, quantized = list(inputs), list(inputs)
     found = []
 
@@ -212,7 +213,7 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
             for member in group.members:
                 twin.get_submodule(member).weight.data *= 0.5
 
-    steps = list(calibrate_block(block, groups, reference, quantized, first, half_the_weights))
+    steps = list(calibrate_block(block, groups, reference, quantized, first, first, half_the_weights))
     assert steps == [0, 1, 2, 3, 4]
     down = []
     hook = block.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, args: down.append(args[0][0]))

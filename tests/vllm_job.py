@@ -3,7 +3,7 @@
 A job: {"model", "llm": keywords of LLM, "prompts": [[token ids]], "tokens": new ones for each, "packed": whether to
 multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend there, too, "count":
 whether to count calls, "lora": a directory or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
-"calls": {op of glq: how often it was called}}.
+"calls": {op of glq: how often it was called}, "metrics": {name: count} if kept, "kv_tokens": that fit}.
 """
 
 import json
@@ -40,7 +40,11 @@ def main(job):
     ]
     events = profile.key_averages() if profile else []
     calls = {event.key.removeprefix("glq::"): event.count for event in events if event.key.startswith("glq::")}
-    return {"tokens": tokens, "logprobs": logprobs, "calls": calls}
+    counters = [] if job["llm"].get("disable_log_stats", True) else llm.get_metrics()
+    metrics = {counter.name: counter.value for counter in counters if hasattr(counter, "value")}
+    cache = llm.llm_engine.vllm_config.cache_config
+    kv_tokens = cache.num_gpu_blocks * cache.block_size
+    return {"tokens": tokens, "logprobs": logprobs, "calls": calls, "metrics": metrics, "kv_tokens": kv_tokens}
 
 
 def keep_own_backend():

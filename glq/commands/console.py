@@ -1,7 +1,9 @@
 """What every command prints with: two consoles, errors in a line, bars for long work."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -17,8 +19,10 @@ from rich.progress import (
 )
 
 from glq.errors import GlqError
-from glq.progress import Listener
-from glq.progress import Progress as Step
+
+if TYPE_CHECKING:
+    from glq.progress import Listener
+    from glq.progress import Progress as Step
 
 err = Console(stderr=True)
 out = Console()
@@ -42,17 +46,26 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Listener]:
-    """A bar for each stage of long work."""
-    with bar() as shown:
-        tasks: dict[str, TaskID] = {}
+def progress(log: Path | None = None) -> Iterator["Listener"]:
+    """A bar for each stage of long work, on a terminal; and a file of JSON lines."""
+    from glq.machine import peak_memory
+    from glq.progress import JsonLog
 
-        def show(step: Step) -> None:
+    try:
+        file = None if log is None else log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise GlqError(f"cannot write {log}: {error.strerror}") from error
+    with bar() as shown, file or nullcontext():
+        tasks: dict[str, TaskID] = {}
+        written = None if file is None else JsonLog(file)
+
+        def show(step: "Step") -> None:
             if step.stage not in tasks:
                 tasks[step.stage] = shown.add_task(step.stage, total=step.total)
-            shown.update(
-                tasks[step.stage], completed=step.done, total=step.total, description=f"{step.stage} {step.note}"
-            )
+            text = f"{step.stage} {step.note}  {peak_memory() / 1e9:.1f} GB"
+            shown.update(tasks[step.stage], completed=step.done, total=step.total, description=text)
+            if written is not None:
+                written(step)
 
         yield show
 

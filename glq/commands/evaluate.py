@@ -116,9 +116,13 @@ def _record(models: list[str], scores: "list[Score]", text: Path | None, ctx: in
 
 def _stored_bits(model: str) -> float | None:
     """Stored bits a quantized weight of a glq checkpoint; None for any other model."""
-    from glq.checkpoint import read_config, summarize
+    from glq.checkpoint import is_upstream_checkpoint, read_config, summarize
 
     try:
+        if is_upstream_checkpoint(Path(model)):
+            from glq.upstream.convert import inspect_upstream
+
+            return inspect_upstream(model).bits
         return summarize(Path(model), read_config(Path(model))).bits
     except GlqError:
         return None

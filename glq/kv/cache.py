@@ -39,11 +39,13 @@ class _Coded:
     supports_early_init = False  # the layer's tensors are not the shape and type that early initialization would give
     key_codec: KvCodec
     value_codec: KvCodec
+    centred: bool
     centre: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Encodes the new [batch, heads, tokens, head_dim]; returns what attention sees, decoded, in their dtypes."""
-        if not self.is_initialized and key_states.shape[-2] >= _CENTRED:  # type: ignore[attr-defined]
+        first = not self.is_initialized  # type: ignore[attr-defined]
+        if self.centred and first and key_states.shape[-2] >= _CENTRED:
             sane = torch.where(key_states.abs() <= _LARGEST, key_states, 0).float()  # NaN is not, either
             self.centre = sane.mean(-2, keepdim=True).to(key_states.dtype)
         centre = 0.0 if self.centre is None else self.centre.float()
@@ -85,24 +87,25 @@ class _Coded:
 class GlqLayer(_Coded, DynamicLayer):
     """Full attention."""
 
-    def __init__(self, key_codec: KvCodec, value_codec: KvCodec) -> None:
+    def __init__(self, key_codec: KvCodec, value_codec: KvCodec, centred: bool) -> None:
         super().__init__()
-        self.key_codec, self.value_codec = key_codec, value_codec
+        self.key_codec, self.value_codec, self.centred = key_codec, value_codec, centred
 
 
 class GlqSlidingLayer(_Coded, DynamicSlidingWindowLayer):
     """Sliding-window and chunked attention: the window's tokens alone are kept."""
 
-    def __init__(self, key_codec: KvCodec, value_codec: KvCodec, sliding_window: int) -> None:
+    def __init__(self, key_codec: KvCodec, value_codec: KvCodec, centred: bool, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
-        self.key_codec, self.value_codec = key_codec, value_codec
+        self.key_codec, self.value_codec, self.centred = key_codec, value_codec, centred
 
 
 class GlqCache(Cache):
     """`model.generate(..., past_key_values=GlqCache(bits=4, config=model.config))`.
 
     bits: 4, 3 or 2, of keys and values; key_bits and value_bits where they differ. config: the model's; with it, layers
-    with a sliding window keep that alone, and recurrent layers their state. Without it, every layer keeps all.
+    with a sliding window keep that alone, and recurrent layers their state. Without it, every layer keeps all. centre:
+    whether the mean of the first keys is subtracted; pages of a server (glq.kv.pages) hold what it gives without.
     GlqError for other bits, for a head_dim that is no multiple of 8, and layers that keep more than keys and values.
     """
 
@@ -113,12 +116,14 @@ class GlqCache(Cache):
         key_bits: int | None = None,
         value_bits: int | None = None,
         config: PreTrainedConfig | None = None,
+        centre: bool = True,
     ) -> None:
-        codecs = [kv_codec(bits if own is None else own) for own in (key_bits, value_bits)]
+        keys, values = (kv_codec(bits if own is None else own) for own in (key_bits, value_bits))
         if config is None:
-            super().__init__(layer_class_to_replicate=partial(GlqLayer, *codecs))
+            super().__init__(layer_class_to_replicate=partial(GlqLayer, keys, values, centre))
         else:
-            super().__init__(layers=[_coded(layer, *codecs) for layer in DynamicCache(config=config).layers])
+            layers = DynamicCache(config=config).layers
+            super().__init__(layers=[_coded(layer, keys, values, centre) for layer in layers])
 
     @property
     def nbytes(self) -> int:
@@ -126,12 +131,12 @@ class GlqCache(Cache):
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, _Coded))
 
 
-def _coded(layer: Any, key_codec: KvCodec, value_codec: KvCodec) -> Any:
+def _coded(layer: Any, key_codec: KvCodec, value_codec: KvCodec, centred: bool) -> Any:
     """What takes the place of a layer that transformers would have."""
     if type(layer) is DynamicLayer:
-        return GlqLayer(key_codec, value_codec)
+        return GlqLayer(key_codec, value_codec, centred)
     if type(layer) is DynamicSlidingWindowLayer:
-        return GlqSlidingLayer(key_codec, value_codec, layer.sliding_window)
+        return GlqSlidingLayer(key_codec, value_codec, centred, layer.sliding_window)
     if isinstance(layer, CacheLayerMixin):
         raise GlqError(
             f"GlqCache holds keys and values of full and of sliding-window attention, and this model has a "

@@ -1,16 +1,18 @@
 """E8 codes of head vectors: what a token's key or value of one head becomes in a KV cache.
 
 A vector x of d channels is rotated, y = H·D·H·x, and divided by one fp16 scale. Every 8 channels of that become a code
-word of glq.codecs: 32 bits (nested E8, q = 12) at 4 bits a channel, 24 (nested E8, q = 6) at 3, 16 (factored E8) at 2.
-A word of nested E8 holds its choice of one of eight β, so the scale is all that comes on top: 16 / d bits a channel.
+word: 32 bits (glq.kv.shaped, q = 16) at 4 bits a channel, 24 (the same, q = 8) at 3, 16 (factored E8 of glq.codecs) at
+2. A word at 4 and 3 bits holds its choice of one of eight steps, so the scale is all that comes on top: 16 / d bits a
+channel.
 
 H is the orthonormal transform of glq.rotation (Hartley_m ⊗ Hadamard_p, d = m·p), D the fixed signs of `mixing_signs`.
 H·D·H is symmetric, and its own inverse. One H is not enough: some keys have most of their energy in a channel or two,
 which H makes flat; all words are then alike but for signs, and lucky or unlucky together (docs/decisions.md, "The KV
 cache").
 
-A word decodes in integers, coordinates in half units (quarters at 2 bits; docs/FORMAT.md, "Codecs"), up to one product
-with β/2 (1 at 2 bits); that is multiplied by the scale and rotated back, each in fp32.
+A word decodes in integers, coordinates in sixteenths of a step (quarters at 2 bits; docs/kv.md, docs/FORMAT.md,
+"Codecs"), up to one product with the step (1 at 2 bits); that is multiplied by the scale and rotated back, each in
+fp32.
 """
 
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ from torch import Tensor
 
 from glq.codecs import Codec, get_codec
 from glq.errors import GlqError
+from glq.kv.shaped import ShapedE8
 from glq.rotation import hadamard
 
-_CHUNK = 2**18  # words at once: bounds what a long prompt takes beside its codes (half a GB with nested E8)
+_CHUNK = 2**18  # words at once: bounds what a long prompt takes beside its codes (half a GB at 3 and 4 bits)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ class KvCodec:
 
 
 _CODECS = {
-    4: KvCodec(get_codec("nested-4"), reach=6.0),
-    3: KvCodec(get_codec("nested-3"), reach=6.0),
+    4: KvCodec(ShapedE8("shaped-4", 4, (87, 104, 116, 128, 139, 153, 175, 240), mse=0.0063), reach=6.0),
+    3: KvCodec(ShapedE8("shaped-3", 3, (151, 179, 207, 237, 268, 306, 358, 480), mse=0.0266), reach=6.0),
     2: KvCodec(get_codec("e8-2"), reach=5.0),
 }
 

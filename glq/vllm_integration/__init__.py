@@ -1,4 +1,4 @@
-"""glq checkpoints in vLLM: `register` is an entry point of the group vllm.general_plugins, nothing is patched.
+"""glq checkpoints and E8 KV caches in vLLM: `register` is an entry point of vllm.general_plugins, nothing is patched.
 
 Nothing here is imported by the rest of glq, and vLLM only by what runs inside of it.
 """
@@ -9,10 +9,14 @@ TESTED = "0.32."  # what version numbers of vLLM begin with for which tests/test
 
 
 def register() -> None:
-    """Make quant_method "glq" known to vLLM. Every process of vLLM calls it when it starts, perhaps more than once."""
+    """Make quant_method "glq" and the E8 KV cache known to vLLM.
+
+    Every process of vLLM calls it when it starts, perhaps more than once.
+    """
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
+        from glq.vllm_integration import kv
         from glq.vllm_integration.config import GlqVllmConfig
     except ImportError as error:  # other models must not suffer from a plugin that does not fit
         logging.getLogger("vllm.glq").error(
@@ -20,3 +24,4 @@ def register() -> None:
         )
         return
     register_quantization_config("glq")(GlqVllmConfig)
+    kv.register()

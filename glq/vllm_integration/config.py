@@ -11,10 +11,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from glq import __version__
 from glq.checkpoint import summarize
-from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig
+from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE
 from glq.vllm_integration import TESTED
+from glq.vllm_integration.upstream import UpstreamVllmConfig
 
 _log = getLogger("vllm.glq")
 
@@ -28,10 +29,12 @@ class GlqVllmConfig(QuantizationConfig):
         self.tied = False
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "GlqVllmConfig":
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """From the quantization_config of config.json. GlqError for one that this glq does not read."""
         if not vllm.__version__.startswith(TESTED):
             _log.warning("glq %s is tested with vLLM %sx; this is %s", __version__, TESTED, vllm.__version__)
+        if is_upstream(config):
+            return UpstreamVllmConfig.from_config(config)
         return cls(GlqConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

@@ -41,7 +41,7 @@ def checkpoint_shares(path: str | Path, ranks: int) -> list[Share]:
     packed = {f"{name}.{key}" for e, m in modules.items() for name in m.names(e) for key in ("codes", "scale", "signs")}
     shapes = tensor_shapes(path, read_index(path))
     others = {name: (shape, nbytes) for name, (_, shape, nbytes) in shapes.items() if name not in packed}
-    return shares(modules, AutoConfig.from_pretrained(path), others, ranks)
+    return shares(modules, AutoConfig.from_pretrained(path, trust_remote_code=False), others, ranks)
 
 
 def shares(modules: Mapping[str, ModuleConfig], config: Any, others: Tensors, ranks: int) -> list[Share]:

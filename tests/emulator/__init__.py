@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-PLAYED = ("ptx.cuh", "wgmma.cuh")  # by cuda.h
+PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh")  # by cuda.h
 
 
 class Emulator:

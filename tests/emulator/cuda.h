@@ -14,6 +14,7 @@
 
 #define __device__
 #define __global__
+#define __constant__ static
 #define __forceinline__ inline
 #define __align__(n)
 #define __launch_bounds__(...)
@@ -92,7 +93,10 @@ static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(
 
 static u32 prmt(u32 a, u32 b, u32 s) {
   u32 r = 0;
-  for (int i = 0; i < 4; ++i) r |= (u32)(((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+  for (int i = 0; i < 4; ++i) {
+    const u32 byte = ((uint64_t)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255;
+    r |= (s >> 4 * i & 8 ? byte >> 7 ? 255 : 0 : byte) << 8 * i;
+  }
   return r;
 }
 static int uniform(int v) { return v; }
@@ -158,6 +162,27 @@ static void mma(float* c, const u32* a, u32 b0, u32 b1) {
   sync_warp();
 }
 
+// ---- kv/half2.cuh ----
+
+template <typename F> static u32 each_half(F f, u32 a, u32 b = 0, u32 c = 0) {
+  auto at = [](u32 v, int i) { return from_half((u16)(v >> 16 * i)); };
+  return pack_half(f(at(a, 0), at(b, 0), at(c, 0)), f(at(a, 1), at(b, 1), at(c, 1)));
+}
+static u32 multiply2(u32 a, u32 b) { return each_half([](float x, float y, float) { return x * y; }, a, b); }
+static u32 add2(u32 a, u32 b) { return each_half([](float x, float y, float) { return x + y; }, a, b); }
+static u32 subtract2(u32 a, u32 b) { return each_half([](float x, float y, float) { return x - y; }, a, b); }
+static u32 fma2(u32 a, u32 b, u32 c) { return each_half([](double x, float y, float z) { return (float)(x * y + z); }, a, b, c); }
+static u32 max2(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmax(x, y); }, a, b); }
+static u32 min2(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmin(x, y); }, a, b); }
+static u32 abs2(u32 a) { return a & 0x7FFF7FFF; }
+static u32 add_within_1(u32 a, u32 b) { return each_half([](float x, float y, float) { return std::fmin(std::fmax(x + y, 0.0f), 1.0f); }, a, b); }
+static u32 choose(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+static u32 signs2(u32 a) { return prmt(a, 0, 0xBB99); }
+static bool any_lane(bool v) { return __ballot_sync(~0u, v) != 0; }
+static float power_of_2(float v) { return std::exp2(v); }
+static float log_2(float v) { return std::log2(v); }
+static float reciprocal(float v) { return 1 / v; }
+
 // ---- ops/wgmma.cuh ----
 
 typedef unsigned long long u64;
@@ -190,6 +215,7 @@ static u32 transpose(u32 v) {
   sync_warp();
   return r;
 }
+static u32 transpose8x8(u32 v) { return transpose(v); }
 // Products run as late as they may: what they read and write too early or too late shows.
 struct Product { float* d; u64 a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
 static std::vector<std::vector<Product>> products[1024];  // of each thread: groups, of which the last one is open
