@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glq.codecs import DEFAULT_CODECS
+from glq.embedding import embedding_scale
 from glq.errors import GlqError
 from glq.footprint import Footprint, Rates, context_bytes, weight_bytes
 from glq.hub import resolve
@@ -89,7 +90,7 @@ def fit(model: str | Path, memory: int, context: int, kv_bits: int | None = None
 
     plain = of(None, context_bytes(source, None, context, kv_bits))
     options: list[Option] = []
-    for outside in (None, _OUTSIDE):
+    for outside in (None, _OUTSIDE) if _packs_embeddings(source) else (None,):
         codec = None if outside is None else DEFAULT_CODECS[outside]
         all_rates = {bits: Rates(layers, codec, codec) for bits, layers in DEFAULT_CODECS.items()}
         taken = context_bytes(source, all_rates[max(all_rates)], context, kv_bits)
@@ -106,6 +107,14 @@ def fit(model: str | Path, memory: int, context: int, kv_bits: int | None = None
             f"{part.activations / 1e9:.2f} of activations, and {LEFT:.0%} are left free. Take a shorter --context"
         )
     return Fit(str(model), memory, context, kv_bits, plain, tuple(options), _best(fitting))
+
+
+def _packs_embeddings(source: SourceModel) -> bool:
+    try:
+        embedding_scale(source.module(source.embeddings))
+    except GlqError:
+        return False
+    return True
 
 
 def _best(fitting: list[Option]) -> Option:

@@ -79,8 +79,19 @@ def weight_bytes(source: SourceModel, rates: Rates | None) -> int:
 
 
 def context_bytes(source: SourceModel, rates: Rates | None, context: int, kv_bits: int | None) -> tuple[int, int]:
-    """Of `generate` with one sequence of `context` tokens: (its cache, of 16 bits or kv_bits; activations)."""
-    peak, kv = _pass(source, rates, context, kv_bits)
+    """Of `generate` with one sequence of `context` tokens: (its cache, of 16 bits or kv_bits; activations).
+
+    GlqError for a model that looks at its data on the way, which a pass without any cannot follow.
+    """
+    try:
+        peak, kv = _pass(source, rates, context, kv_bits)
+    except GlqError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise GlqError(
+            f"what a {source.config.model_type!r} model takes cannot be counted without data "
+            f"({str(error).strip().splitlines()[0][:120]}): choose --bits yourself"
+        ) from error
     return kv, max(0, peak - kv) + WORKSPACE
 
 

@@ -17,7 +17,7 @@ def render_report(report: dict[str, Any]) -> str:
     """One checkpoint, self-contained."""
     kinds = _by_kind(report["layers"])
     bits = heat(_column(kinds, "bits"), "block", "bits")
-    errors = {name: row for name, row in _column(kinds, "error").items() if any(row)}
+    errors = _joined({name: row for name, row in _column(kinds, "error").items() if any(row)})
     plots = {"bits": bits, "errors": lines(errors, "block", "share of output energy lost"), "kinds": list(errors)}
     return _environment().get_template("report.html.j2").render(report=report, plots=plots, **_figures(report))
 
@@ -75,6 +75,14 @@ def _by_kind(layers: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 def _column(kinds: dict[str, list[dict[str, Any] | None]], key: str) -> dict[str, list[float | None]]:
     return {name: [None if layer is None else layer[key] for layer in row] for name, row in kinds.items()}
+
+
+def _joined(rows: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
+    """Rows that are the same, as those of layers rounded as one matrix are, under all of their names."""
+    names: dict[tuple[float | None, ...], list[str]] = {}
+    for name, row in rows.items():
+        names.setdefault(tuple(row), []).append(name)
+    return {", ".join(alike): list(row) for row, alike in names.items()}
 
 
 def _environment() -> Environment:

@@ -98,6 +98,13 @@ def test_a_long_context_takes_more_and_a_large_matrix_is_decoded(tiny_model):
     assert tally.peak == 2 * 512 * 4096 + 2 * 512 * 8192 + 2 * 8192 * 4096  # x rotated, y, W
 
 
+def test_a_model_that_looks_at_its_data_is_refused_in_a_line(tiny_model, monkeypatch):
+    source = SourceModel(tiny_model)
+    monkeypatch.setattr(type(source.model.model.layers[0]), "forward", lambda self, x, **_: x[x > 0])
+    with pytest.raises(GlqError, match="a 'llama' model takes cannot be counted without data .* choose --bits"):
+        context_bytes(source, None, CONTEXT, None)
+
+
 def test_amounts_of_memory():
     assert parse_bytes("12GB") == 12 * 10**9
     assert parse_bytes(" 1.5 GiB") == 3 * 2**29

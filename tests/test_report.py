@@ -96,9 +96,9 @@ def test_the_page_shows_it(tiny_checkpoint):
     assert "Not evaluated yet" in text
     assert f"{report['sizes']['quantized_bytes']:,}" in text
     assert html.count('class="cell"') == 14
-    assert html.count('class="dot') == 14  # errors
+    assert html.count('class="dot') == 2 * 4  # errors: of q/k/v and of gate/up as one, since they are the same
     error = report["layers"]["model.layers.1.mlp.up_proj"]["error"]
-    assert f"<title>up_proj, block 1: {error:.4g}</title>" in html
+    assert f"<title>gate_proj, up_proj, block 1: {error:.4g}</title>" in html
 
 
 def test_evaluation_goes_into_report_page_and_card(evaluated):
