@@ -15,6 +15,19 @@ from glq import Settings, calibration, pipeline
 from glq.hf_integration import load
 
 ROOT = Path(__file__).parent.parent
+KINDS = (  # one of each kind is always tested, the others with --slow
+    "Llama",
+    "Qwen3-MoE",
+    "Gemma 3 (images)",
+    "Gemma 3n",
+    "Gemma 4 (E4B's kind)",
+    "Phi-3, Phi-4",
+    "gpt-oss",
+    "DeepSeek-V3",
+    "Bamba",
+    "Qwen3-Next",
+)
+OTHERS = [a for a in ARCHITECTURES if a.name not in KINDS]
 SETTINGS = Settings(bits=4, codec="nested-4", tokens=128, ctx=32)
 
 
@@ -35,7 +48,11 @@ def last_block(model, source_block: str):
     return next(module for name, module in model.named_modules() if name == source_block)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[pytest.mark.slow] if a in OTHERS else []) for a in ARCHITECTURES],
+    ids=lambda a: a.name,
+)
 def test_loaded_is_what_was_in_memory(architecture, tmp_path, monkeypatch):
     memory = {}
     walk = calibration.walk

@@ -56,10 +56,11 @@ def run(model, text_file, tmp_path):
 
 
 def content(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """All but the reports, which say how long it took."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith("report.")}
 
 
-@pytest.mark.parametrize("at", [1, 8, 12])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(12, marks=pytest.mark.slow)])
 def test_it_goes_on_at_the_last_finished_block(at, run, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run((at, KeyboardInterrupt()))
@@ -110,7 +111,9 @@ def test_waiting_on_disk_changes_no_byte(run, whole, text_file, tmp_path, monkey
     assert content(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("where", ["save", "join", "write_bytes", "_mapped"])
+@pytest.mark.parametrize(
+    "where", ["save", *(pytest.param(name, marks=pytest.mark.slow) for name in ("join", "write_bytes", "_mapped"))]
+)
 def test_a_full_disk_says_so_and_goes_on_when_there_is_room(where, run, whole, tmp_path, monkeypatch):
     """The second half of a write fails: at a part, a state, a shard, or what waits."""
     calls = [0]
@@ -146,7 +149,7 @@ def test_a_full_disk_says_so_and_goes_on_when_there_is_room(where, run, whole, t
     ("change", "match"),
     [
         ({"seed": 1}, "settings seed was 0, is 1"),
-        ({"tokens": 576}, "settings tokens was 256, is 576"),
+        pytest.param({"tokens": 576}, "settings tokens was 256, is 576", marks=pytest.mark.slow),
     ],
 )
 def test_other_settings_are_named(change, match, run, whole, tmp_path):
