@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glq.checkpoint import DIGESTS, config_digest, read_config, refuse_existing
 from glq.errors import GlqError, ResumableError
-from glq.files import INDEX, SINGLE
+from glq.files import INDEX, SINGLE, read_json
 from glq.shards import join, save, sync_folder
 from glq.unfinished import UnfinishedFolder
 
@@ -123,8 +123,10 @@ class CheckpointWriter:
             sync_folder(self.out.absolute().parent)
 
     def _config_digest(self) -> dict[str, str]:
+        """Nothing where the weights are plain ones."""
         file = self._final / "config.json"
-        return {"config": config_digest(read_config(self._final))} if file.exists() else {}
+        quantized = file.exists() and "quantization_config" in read_json(file)
+        return {"config": config_digest(read_config(self._final))} if quantized else {}
 
     def _resume(self, journal: dict[str, Any]) -> None:
         """Take up what the journal names, and remove what it does not."""

@@ -1,6 +1,7 @@
 """The command line does what the functions do, and prints what the files say."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -34,9 +35,10 @@ def test_info_counts_the_files(tiny_checkpoint):
 
 
 def test_eval_scores_and_writes_json(tiny_model, tiny_checkpoint, text_file, tmp_path):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "out")  # whose report it writes to
     file = tmp_path / "scores.json"
     options = ["--reference", tiny_model, "--text", text_file, "--tokens", 256, "--ctx", 64, "--device", "cpu"]
-    output = run("eval", tiny_checkpoint, *options, "--json", file)
+    output = run("eval", checkpoint, *options, "--json", file)
     assert "reference" in output
     reference, candidate = json.loads(file.read_text())
     assert reference["kl"] == pytest.approx(0, abs=1e-6)
