@@ -7,7 +7,7 @@ from typing import Any
 
 from glq.codecs import CODECS
 from glq.config import GlqConfig, ModuleConfig
-from glq.packed import PACKED_DTYPES, packed_shapes
+from glq.packed import packed_bytes
 from glq.rotation import block_width
 
 Shape = dict[str, int]
@@ -88,14 +88,9 @@ def quantization(weights: str, shape: Shape, ranks: int) -> dict[str, Any] | Non
     if weights == "int4":
         return GPTQ
     found = modules(weights, shape, ranks)
-    shapes = ((key, dims) for m in found.values() for key, dims in packed_sizes(m).items())
-    nbytes = sum(PACKED_DTYPES[key].itemsize * math.prod(dims) for key, dims in shapes)
+    nbytes = sum(packed_bytes(m.codec, m.out_features, m.in_features) for m in found.values())
     bits = 8 * nbytes / sum(m.weights for m in found.values())
     return GlqConfig(found, round(bits, 4), "bench", ranks).to_dict()
-
-
-def packed_sizes(m: ModuleConfig) -> dict[str, tuple[int, ...]]:
-    return packed_shapes(m.codec, m.out_features, m.in_features)
 
 
 def expected_bytes(folder: Path, weights: str, shape: Shape, ranks: int) -> list[int] | None:

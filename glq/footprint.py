@@ -5,7 +5,6 @@ tensors without data, in which every allocation and release is PyTorch's own. Wh
 inside kernels, is added by the stand-ins below: for attention, for products with packed weights, for experts.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +26,11 @@ from glq.codecs.packing import tile_rows
 from glq.errors import GlqError
 from glq.experts import ExpertLinear, quantizable
 from glq.kv.cache import GlqCache
-from glq.ops.cuda_dequantize import _AT_ONCE as WEIGHTS_AT_ONCE
+from glq.ops.cuda_dequantize import AT_ONCE as WEIGHTS_AT_ONCE
 from glq.ops.cuda_dequantize import own_basis_tokens, unrotates
-from glq.ops.embedding import _ROWS as ROWS_AT_ONCE
-from glq.ops.embedding import embedding_reference
-from glq.ops.matmul import _MANY as MANY
-from glq.packed import PACKED_DTYPES, packed_shapes
+from glq.ops.embedding import ROWS_AT_ONCE, embedding_reference
+from glq.ops.matmul import MANY
+from glq.packed import PACKED_DTYPES, packed_bytes, packed_shapes
 from glq.rotation import block_width
 from glq.source import SourceModel
 
@@ -72,7 +70,7 @@ def weight_bytes(source: SourceModel, rates: Rates | None) -> int:
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if key == "weight" and name in codecs:
-                total += sum(_packed_bytes(codecs[name], *shape) for shape in _matrices(module))
+                total += sum(packed_bytes(codecs[name], *shape) for shape in _matrices(module))
             else:
                 total += parameter.numel() * _dtype(source).itemsize
     return total
@@ -117,11 +115,6 @@ def _matrices(module: nn.Module) -> list[tuple[int, int]]:
         count, rows, cols = weight.shape
         return [(rows // len(module.entries), cols)] * (count * len(module.entries))
     return [(weight.shape[0], weight.shape[1])]
-
-
-def _packed_bytes(codec: str, rows: int, cols: int) -> int:
-    shapes = packed_shapes(codec, rows, cols)
-    return sum(math.prod(shape) * PACKED_DTYPES[key].itemsize for key, shape in shapes.items())
 
 
 def _dtype(source: SourceModel) -> torch.dtype:

@@ -88,6 +88,12 @@ def packed_shapes(codec: str, out_features: int, in_features: int) -> dict[str, 
 PACKED_DTYPES = {"codes": torch.uint8, "scale": torch.float16, "signs": torch.uint8}
 
 
+def packed_bytes(codec: str, out_features: int, in_features: int) -> int:
+    """Of a matrix as it is stored: codes, padding included, scales and signs."""
+    shapes = packed_shapes(codec, out_features, in_features)
+    return sum(math.prod(shape) * PACKED_DTYPES[key].itemsize for key, shape in shapes.items())
+
+
 def decode_matrix(codes: Tensor, codec: str, out_features: int, in_features: int) -> Tensor:
     """codes [row tiles, column tiles, tile bytes] uint8 → [out, in] fp32, rotated basis, unscaled rows."""
     c = get_codec(codec)

@@ -1,6 +1,5 @@
 """What is checked before any work: does it fit on the disk and into memory, and can it be written there at all."""
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from torch import nn
 from glq.errors import GlqError
 from glq.experts import ExpertLinear, quantizable
 from glq.machine import available_memory
-from glq.packed import packed_shapes
+from glq.packed import packed_bytes
 from glq.source import SourceModel
 from glq.unfinished import folder_of
 
@@ -42,14 +41,7 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     spill = device.type == "cpu" and waiting > SPILL_FROM
     rounding = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
     memory = (_PROCESS if device.type == "cpu" else 0) + rounding + (0 if spill else waiting)
-    packed = sum(
-        sum(
-            math.prod(shape) * (2 if key == "scale" else 1)
-            for key, shape in packed_shapes(codec, *shapes[name]).items()
-        )
-        for name, codec in codecs.items()
-        if name in shapes
-    )
+    packed = sum(packed_bytes(codec, *shapes[name]) for name, codec in codecs.items() if name in shapes)
     stored = sum((source.path / file).stat().st_size for file in set(source.files.values()))
     rest = max(0, stored - 2 * sum(rows * cols for rows, cols in shapes.values()))  # bf16 that is kept as it is
     disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if spill else 0)

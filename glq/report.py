@@ -10,6 +10,7 @@ from typing import Any
 
 from glq.checkpoint import read_config, summarize
 from glq.errors import GlqError
+from glq.files import read_json
 
 REPORT = "report.json"
 VERSION = 1
@@ -119,12 +120,7 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise GlqError(f"{file} cannot be read: {error}") from error
+    content = read_json(file) if file.is_file() else {}
     if not isinstance(content, dict):
         raise GlqError(f"{file} is not what glq writes: an object was expected")
     return content

@@ -249,7 +249,7 @@ def check_unrotate(name, rows, cols, block, dtype, shared_memory=228):
 @pytest.mark.parametrize("block", [256, 2048, 96, 75])
 @pytest.mark.parametrize("rows", [1, 33, 129, 1100])
 def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
-    monkeypatch.setattr(cuda_dequantize, "_AT_ONCE", 64 * 2 * block)
+    monkeypatch.setattr(cuda_dequantize, "AT_ONCE", 64 * 2 * block)
     x, weight = problem("trellis-2.75", 200, rows, 2 * block, block, torch.bfloat16)
     assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
 

@@ -83,7 +83,7 @@ def serve(
         from glq.checkpoint import read_config
 
         read_config(model)
-        command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        command = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
         if command is None or find_spec("vllm") is None:
             raise GlqError(
                 "serving needs vLLM, which is not installed here: pip install 'glq[vllm]', or docs/serving.md for "

@@ -17,7 +17,7 @@ from glq.packed import PackedLinear
 from glq.rotation import odd_part
 
 _ROW_SHARE = 5  # from this share of the rows on there are enough tokens: measured on an H100
-_AT_ONCE = 1 << 26  # weights, 128 MiB of them
+AT_ONCE = 1 << 26  # weights, 128 MiB of them
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    step = max(1, _AT_ONCE // x.shape[1] // 64) * 64
+    step = max(1, AT_ONCE // x.shape[1] // 64) * 64
     for first in range(0, rows, step):
         part = _rows(weight, first, min(first + step, rows))
         w = unrotate(part, x.dtype, gpu) if own_basis else decode_scaled(part, x.dtype, gpu)[: part.out_features]

@@ -8,7 +8,7 @@ from glq.codecs.packing import STRIP, tile_rows, unpack
 from glq.packed import unpack_signs
 from glq.rotation import unrotate
 
-_ROWS = 256  # at once: a row is decoded with the tile that it lies in
+ROWS_AT_ONCE = 256  # at once: a row is decoded with the tile that it lies in
 
 
 @torch.library.custom_op("glq::embedding", mutates_args=())
@@ -24,7 +24,8 @@ def embedding(
 ) -> Tensor:
     """ids [...] int → the rows [..., in] of the matrix in `dtype`; the rest as in PackedLinear."""
     parts = [
-        embedding_reference(part, codes, scale, signs, codec, in_features, block) for part in ids.flatten().split(_ROWS)
+        embedding_reference(part, codes, scale, signs, codec, in_features, block)
+        for part in ids.flatten().split(ROWS_AT_ONCE)
     ]
     return torch.cat(parts).to(dtype).view(*ids.shape, in_features)
 

@@ -23,7 +23,7 @@ from glq.rotation import rotate
 # Measured on an H100: docs/benchmarks.md
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 _DECODED = 64  # tokens up to which it is taken elsewhere
-_MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
+MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
 @torch.library.custom_op("glq::matmul", mutates_args=())
@@ -75,7 +75,7 @@ def _nvrtc_works(device: torch.device) -> bool:
     try:
         gpu = nvrtc.gpu(device)
         try_out(
-            lambda x, weight: cuda_product(plain(x), weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, _MANY)
+            lambda x, weight: cuda_product(plain(x), weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, MANY)
         )
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
@@ -133,7 +133,7 @@ def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     if tokens <= (_FEW if hopper else _DECODED):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
-    if not hopper or tokens >= _MANY:
+    if not hopper or tokens >= MANY:
         assert x.kind == PLAIN
         return cuda_dequantize.matmul(x.first, weight, gpu)
     batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
@@ -144,4 +144,4 @@ def kernel_tokens(out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     many = cuda_dequantize.own_basis_tokens(out_features)
     few = {*range(1, 9), *range(9, _DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    return sorted(few | {_DECODED + 1, 129, cuda_rotate.FEW + 1, _MANY, max(_MANY, many)})
+    return sorted(few | {_DECODED + 1, 129, cuda_rotate.FEW + 1, MANY, max(MANY, many)})

@@ -15,6 +15,7 @@ from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE
 from glq.vllm_integration import TESTED
+from glq.vllm_integration.names import members, renamed
 from glq.vllm_integration.upstream import UpstreamVllmConfig
 
 _log = getLogger("vllm.glq")
@@ -47,9 +48,7 @@ class GlqVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that modules have in vLLM's model."""
-        ended = {f"{name}.": module for name, module in self.glq.modules.items()}  # rules may name a dot on each side
-        mapped = hf_to_vllm_mapper.apply_dict(ended)
-        self.glq = replace(self.glq, modules={name.removesuffix("."): module for name, module in mapped.items()})
+        self.glq = replace(self.glq, modules=renamed(self.glq.modules, hf_to_vllm_mapper))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; vLLM's own for one that is not quantized."""
@@ -89,16 +88,7 @@ class GlqVllmConfig(QuantizationConfig):
     def modules_of(self, prefix: str) -> dict[str, ModuleConfig]:
         """The quantized matrices that a linear layer is made of; none if it is not quantized."""
         modules = self.glq.modules
-        parent, _, last = prefix.rpartition(".")
-        names = [prefix]
-        if prefix not in modules and last in self.packed_modules_mapping:
-            names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping[last]]
-        found = {name: modules[name] for name in names if name in modules}
-        if found and (lost := [name for name in names if name not in modules]):
-            raise GlqError(
-                f"{prefix}: vLLM fuses {lost[0]}, which is not quantized, with {next(iter(found))}, which is"
-            )
-        return found
+        return {name: modules[name] for name in members(prefix, modules, self.packed_modules_mapping)}
 
     def embeddings_of(self, prefix: str) -> str | None:
         """The quantized input embeddings, by vLLM's name for them, which some models leave out."""

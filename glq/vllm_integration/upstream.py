@@ -11,6 +11,7 @@ from glq.errors import GlqError
 from glq.hub import resolve
 from glq.upstream.format import UpstreamConfig
 from glq.upstream.reader import UpstreamCheckpoint
+from glq.vllm_integration.names import members, renamed
 
 _log = getLogger("vllm.glq")
 
@@ -38,8 +39,7 @@ class UpstreamVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that modules have in vLLM's model."""
-        ended = {f"{name}.": file for name, file in self.names.items()}  # rules may name a dot on each side
-        self.names = {name.removesuffix("."): file for name, file in hf_to_vllm_mapper.apply_dict(ended).items()}
+        self.names = renamed(self.names, hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; vLLM's own for one that is not quantized."""
@@ -63,15 +63,7 @@ class UpstreamVllmConfig(QuantizationConfig):
 
     def matrices_of(self, prefix: str) -> list[str]:
         """The names in files of the matrices that a linear layer is made of; none if it is not quantized."""
-        parent, _, last = prefix.rpartition(".")
-        wanted = [prefix]
-        if prefix not in self.names and last in self.packed_modules_mapping:
-            wanted = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping[last]]
-        found = [self.names[name] for name in wanted if name in self.names]
-        if found and len(found) < len(wanted):
-            lost = next(name for name in wanted if name not in self.names)
-            raise GlqError(f"{prefix}: vLLM fuses {lost}, which is not quantized, with {found[0]}, which is")
-        return found
+        return [self.names[name] for name in members(prefix, self.names, self.packed_modules_mapping)]
 
     def experts_of(self, layer: Any, prefix: str) -> dict[tuple[int, str], str]:
         """The names in files of a layer's matrices, by the number of the expert and vLLM's name, w1, w2 or w3."""

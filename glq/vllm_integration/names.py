@@ -1,0 +1,29 @@
+"""vLLM's names of modules: as its model has them, and which matrices of a checkpoint a layer is made of."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from glq.errors import GlqError
+
+V = TypeVar("V")
+
+
+def renamed(named: Mapping[str, V], mapper: Any) -> dict[str, V]:
+    """By the names that modules have in vLLM's model."""
+    ended = {f"{name}.": value for name, value in named.items()}  # rules may name a dot on each side
+    return {name.removesuffix("."): value for name, value in mapper.apply_dict(ended).items()}
+
+
+def members(prefix: str, quantized: Mapping[str, Any], fused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The quantized matrices that a linear layer is made of; none if it is not quantized.
+
+    fused: vLLM's packed_modules_mapping. GlqError where vLLM fuses one that is quantized with one that is not.
+    """
+    parent, _, last = prefix.rpartition(".")
+    names = [prefix]
+    if prefix not in quantized and last in fused:
+        names = [f"{parent}.{name}" if parent else name for name in fused[last]]
+    found = [name for name in names if name in quantized]
+    if found and (lost := [name for name in names if name not in quantized]):
+        raise GlqError(f"{prefix}: vLLM fuses {lost[0]}, which is not quantized, with {found[0]}, which is")
+    return found
