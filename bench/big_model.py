@@ -3,8 +3,8 @@
     python bench/big_model.py DIR --shape 3b
     python bench/big_model.py DIR --shape 3b --blocks 2     # the same with fewer decoder blocks
 
-Written block by block, bf16, a file each: it takes no more memory than a block or the embeddings. The tokenizer knows
-the words of the calibration text that glq ships.
+Written block by block, bf16, a file each: it takes no more memory than a block or the embeddings. Numbers are drawn on
+a GPU where there is one. The tokenizer knows the words of the calibration text that glq ships.
 """
 
 import argparse
@@ -46,12 +46,13 @@ def config_of(shape: str, blocks: int | None) -> LlamaConfig:
 def write_model(path: Path, config: LlamaConfig) -> int:
     """How many weights were written."""
     path.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     hidden, inside = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * hidden // config.num_attention_heads
 
     def weight(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
+        return torch.randn(*shape, generator=generator, dtype=torch.bfloat16, device=device).mul_(0.02).cpu()
 
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
     shapes |= {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, inside)}

@@ -1,8 +1,8 @@
 """Calibration: text → tokens → for each decoder block, second moments of what its linear layers read.
 
-Both models, the reference and the quantized prefix, run side by side: a block's forward is paused where a group of
-linear layers reads its input, all microbatches at once, so that the group can be rounded and the pass can go on with
-the rounded weights. One pass a block for each model, and no activations kept but those that are alive at the pause.
+Both models, the reference and the quantized prefix, run side by side: a block's forward stops where a group of linear
+layers reads its input, in all microbatches, so that the group can be rounded and the pass can go on with the rounded
+weights (passes.py).
 """
 
 import copy
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from glq.discovery import Call, copied, find_groups, run_block
+from glq.discovery import Call, copied, find_groups
 from glq.errors import GlqError
 from glq.experts import ExpertLinear
 from glq.machine import release_memory
 from glq.moments import Moments, Routed, Sums, expert_moments
+from glq.passes import begin
 from glq.source import SourceModel
-from glq.spill import Spill, held_by
+from glq.spill import Spill
 
 _MICROBATCH = {"cpu": 1024, "cuda": 4096}  # tokens at once: for little memory, for few launches
 
@@ -74,41 +74,6 @@ class Read:
     inputs: Moments | list[Routed]
 
 
-class Run:
-    """One forward pass of a block over one microbatch, which stops before each group of linear layers.
-
-    `advance` returns the input of the next group, [tokens, in], and, if these are experts, the numbers of those that
-    each token goes to, [tokens, k]; `finish` the block's output. The pass is a coroutine
-    (greenlet): it keeps its place, and what it needs to go on, while others run.
-    """
-
-    def __init__(self, block: nn.Module, leaders: list[nn.Module], hidden: Tensor, call: Call) -> None:
-        self._hooks = [module.register_forward_pre_hook(self._pause) for module in leaders]
-        self._pass = greenlet(lambda: run_block(block, hidden, call))
-
-    def advance(self) -> tuple[Tensor, ...]:
-        args = self._pass.switch()
-        if self._pass.dead:
-            raise RuntimeError("the block ended before its last group of linear layers")
-        return args[0].flatten(0, -2), *args[1:]
-
-    def finish(self) -> Tensor:
-        out = self._pass.switch()
-        if not self._pass.dead:
-            raise RuntimeError("the block read a group of linear layers twice")
-        for hook in self._hooks:
-            hook.remove()
-        return out
-
-    def held(self) -> Iterator[Tensor]:
-        """What the pass keeps while it is paused."""
-        return held_by(None if self._pass.dead else self._pass.gr_frame)
-
-    def _pause(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if getcurrent() is self._pass:
-            self._pass.parent.switch(args)
-
-
 @dataclass(frozen=True)
 class Group:
     """Layers that read one input, by their names in files, and the moments of what they read.
@@ -130,6 +95,7 @@ def calibrate_block(
     quantized: list[Tensor],
     calls: list[Call],
     calls_hat: list[Call],
+    device: torch.device,
     round_groups: Callable[[nn.Module, list[Read]], None],
     held_out: int = 0,
     side_by_side: bool = False,
@@ -137,11 +103,12 @@ def calibrate_block(
 ) -> Iterator[int]:
     """Take both models, called as calls and calls_hat say, through one block and round its groups on the way.
 
-    reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, and are overwritten with the block's
-    outputs. round_groups gets the copy of the block that belongs to the quantized model, whose weights it replaces, and
-    what the groups read that can be rounded now: one after the other, each after those before it, or, side_by_side, all
-    of the block, which costs one pass more. The last `held_out` microbatches go along, but moments do not count them.
-    Yields the number of the group just rounded, then of the end. spill: where what is not worked on waits.
+    reference and quantized hold a [batch, ctx, hidden] tensor a microbatch, there or in the host's memory, and are
+    overwritten with the block's outputs. round_groups gets the copy of the block that belongs to the quantized model,
+    whose weights it replaces, and what the groups read that can be rounded now: one after the other, each after those
+    before it, or, side_by_side, all of the block, which costs one pass more. The last `held_out` microbatches go along,
+    but moments do not count them. Yields the number of the group just rounded, then of the end. spill: where what is
+    not worked on waits.
     """
     spill = spill or Spill(None)
     spill.put_module(block)
@@ -149,7 +116,7 @@ def calibrate_block(
     read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
     pairs = [
-        (Run(block, leaders[0], hidden, call), Run(twin, leaders[1], hidden_hat, call_hat))
+        (begin(block, leaders[0], hidden, call, device), begin(twin, leaders[1], hidden_hat, call_hat, device))
         for hidden, hidden_hat, call, call_hat in zip(reference, quantized, calls, calls_hat, strict=True)
     ]
     for i, members in enumerate(groups):
@@ -162,10 +129,9 @@ def calibrate_block(
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
-                reference[k] = run.finish()
-                spill.put([reference[k]])
+                _replace(reference, k, run.finish(), spill)
                 if side_by_side:
-                    run_hat.finish()
+                    run_hat.again()
             for paused in (run, run_hat):
                 spill.put(paused.held())
         for model in (block, twin):
@@ -180,13 +146,20 @@ def calibrate_block(
     if side_by_side:
         round_groups(twin, read)
         yield from range(len(groups))
-    if not groups:
-        reference[:] = [run_block(block, x, call) for x, call in zip(reference, calls, strict=True)]
-    for k, (_, run_hat) in enumerate(pairs):
-        whole = side_by_side or not groups
-        quantized[k] = run_block(twin, quantized[k], calls_hat[k]) if whole else run_hat.finish()
-        spill.put([quantized[k]])
+    for k, (run, run_hat) in enumerate(pairs):
+        if not groups:
+            _replace(reference, k, run.finish(), spill)
+        _replace(quantized, k, run_hat.finish(), spill)
     yield len(groups)
+
+
+def _replace(states: list[Tensor], k: int, state: Tensor, spill: Spill) -> None:
+    """Have a microbatch's new state where the old one is: on the disk, on the device, or in the host's memory."""
+    if states[k].device == state.device:
+        states[k] = state
+        spill.put([state])
+    else:
+        states[k].copy_(state)
 
 
 def groups_of(
@@ -242,14 +215,15 @@ def walk(
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
         block_calls, block_calls_hat = ([of_blocks[i] for of_blocks in all_calls] for all_calls in (calls, calls_hat))
-        groups, _ = find_groups(block, reference[0], block_calls[0])  # all of it: masks have its batch size
+        first_state = reference[0].to(device)  # all of it: masks have its batch size
+        groups, _ = find_groups(block, first_state, block_calls[0])
 
         def visit_all(twin: nn.Module, read: list[Read], prefix: str = name) -> None:
             for some in groups_of(prefix, source, twin, read, together):
                 visit(some)
 
-        how = (held_out, side_by_side, spill)
-        steps = calibrate_block(block, groups, reference, quantized, block_calls, block_calls_hat, visit_all, *how)
+        states, called = (reference, quantized), (block_calls, block_calls_hat)
+        steps = calibrate_block(block, groups, *states, *called, device, visit_all, held_out, side_by_side, spill)
         for done in steps:
             if done < len(groups):
                 modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])

@@ -121,8 +121,9 @@ def final_states(
     ):
         for tokens, outputs in zip(batches, zip(*hidden, strict=True), strict=True):
             states = []
-            for x in outputs:
-                last.forward = lambda *_, x=x, **__: output(x)
+            for state in outputs:
+                last_state = state.to(device)
+                last.forward = lambda *_, x=last_state, **__: output(x)
                 out = model.base_model(input_ids=tokens.to(device), use_cache=False)
                 states.append(out.last_hidden_state.flatten(0, 1))
             yield tuple(states)

@@ -37,7 +37,8 @@ from glq.source import SourceModel
 WORKSPACE = 32 * 2**20  # of cuBLAS on Hopper, the most that it takes; a quarter of that elsewhere
 
 
-_ALIGNED = 16  # columns that PyTorch fills a mask up to, in a copy
+_ALIGNED = 16  # columns that PyTorch's memory-efficient attention has masks filled up to, in a copy
+_CUDNN = (9, 10)  # compute capabilities where PyTorch takes cuDNN's instead, which reads them as they are
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ class _Tally(TorchDispatchMode):
 class _Attention(TorchFunctionMode):
     """scaled_dot_product_attention as the fused kernels have it: no matrix of scores, but a mask in 16 bits."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._fills_up = not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in _CUDNN)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
@@ -188,7 +193,7 @@ class _Attention(TorchFunctionMode):
         held = [query.new_empty(query.shape[:-1], dtype=torch.float32)]  # of each row its sum of exponentials
         if mask is not None and mask.dtype == torch.bool:
             held.append(query.new_empty(mask.shape))
-            if mask.shape[-1] % _ALIGNED:
+            if mask.shape[-1] % _ALIGNED and self._fills_up:
                 held.append(query.new_empty(*mask.shape[:-1], -(-mask.shape[-1] // _ALIGNED) * _ALIGNED))
         shape = (query.shape[0], query.shape[2], query.shape[1], named["value"].shape[-1])
         return query.new_empty(shape).transpose(1, 2)
@@ -210,7 +215,7 @@ def _standing_in(source: SourceModel, rates: Rates | None) -> Iterator[None]:
     for name, codec in codecs.items():
         module = source.module(name)
         if isinstance(module, nn.Embedding):
-            put(module, _embedding(codec, dtype))
+            put(module, _embedding(module, codec, dtype))
         elif isinstance(module, ExpertLinear):
             put(module, _experts)
         elif not (name == source.head and source.tied):
@@ -268,15 +273,15 @@ def _product(x: Tensor, rows: int) -> Tensor:
     return y
 
 
-def _embedding(codec: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _embedding(module: nn.Embedding, codec: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Rows of a packed matrix, by what glq::embedding does."""
+    rows, width = module.num_embeddings, module.embedding_dim
+    shapes = packed_shapes(codec, rows, width)
+    codes, scale, signs = (
+        torch.empty(shapes[key], dtype=PACKED_DTYPES[key], device="meta") for key in ("codes", "scale", "signs")
+    )
 
-    def forward(module: nn.Embedding, ids: Tensor) -> Tensor:
-        rows, width = module.num_embeddings, module.embedding_dim
-        shapes = packed_shapes(codec, rows, width)
-        codes, scale, signs = (
-            torch.empty(shapes[key], dtype=PACKED_DTYPES[key], device="meta") for key in ("codes", "scale", "signs")
-        )
+    def forward(_: nn.Embedding, ids: Tensor) -> Tensor:
         parts = [
             embedding_reference(part, codes, scale, signs, codec, width, block_width(width))
             for part in ids.flatten().split(ROWS_AT_ONCE)

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products of fp32 matrices on a GPU take TF32 while the context lasts: factors of 11 bits, sums in fp32."""
+    matmul = torch.backends.cuda.matmul
+    key, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, key)
+    setattr(matmul, key, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, key, before)
 
 
 def peak_memory() -> int:

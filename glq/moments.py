@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glq.machine import tensor_cores
+
 PRIOR = 0.5  # times its inputs: tokens that the average of a layer counts for in the moments of each expert
 _ROWS = 1024  # of a matrix that are copied at once
 
@@ -45,10 +47,11 @@ class Sums:
         self.count += x.shape[0]
         self._ends += torch.aminmax(x_hat)
         third = -(-n // 3)
-        for start in range(0, n, third):
-            rows = slice(start, start + third)
-            self._upper[rows, start:].addmm_(x_hat[:, rows].T, x_hat[:, start:])
-        self._drift.addmm_((x - x_hat).T, x_hat)
+        with tensor_cores():
+            for start in range(0, n, third):
+                rows = slice(start, start + third)
+                self._upper[rows, start:].addmm_(x_hat[:, rows].T, x_hat[:, start:])
+            self._drift.addmm_((x - x_hat).T, x_hat)
 
     def mean(self) -> Moments:
         """To be asked for once: the sums become the means."""

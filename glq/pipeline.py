@@ -23,13 +23,13 @@ from glq.errors import GlqError
 from glq.files import INDEX
 from glq.findings import of_states
 from glq.hub import load_tokenizer, resolve
-from glq.machine import peak_memory, pick_device, release_memory
+from glq.machine import available_memory, peak_memory, pick_device, release_memory
 from glq.moments import PRIOR, Moments, moments_of
 from glq.preflight import needs, refuse_unfit, refuse_unwritable
 from glq.progress import Listener, Progress, silent
 from glq.rounder import Choice, GroupRounder
 from glq.source import SourceModel
-from glq.spill import Spill
+from glq.spill import Spill, host_copies
 from glq.spread import pick_devices
 from glq.writer import CheckpointWriter
 
@@ -135,13 +135,13 @@ def round_model(
     where = shared[0]
     source, settings = open_model(model, settings)
     text = read_text(calibration)
-    spill = _refuse_unfit(source, settings, where, Path(out))
+    away = _refuse_unfit(source, settings, where, Path(out))
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
     with CheckpointWriter(Path(out), _record(source, settings, text, where, plan), restart) as writer:
         rounder = GroupRounder(writer, shared, settings.seed, settings.damping)
-        _round(source, tokens, settings, where, rounder, progress, Spill(writer.folder if spill else None))
+        _round(source, tokens, settings, where, rounder, progress, away)
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
@@ -177,12 +177,12 @@ def round_model(
 
 
 def _refuse_unfit(source: SourceModel, settings: Settings, device: torch.device, out: Path) -> bool:
-    """GlqError for what does not fit; whether what waits is to be kept on disk."""
+    """GlqError for what does not fit; whether what waits does so elsewhere than in the device's memory."""
     refuse_unwritable(out)
     codecs = {name: settings.codec_of(name) for name in source.layers}
     what = needs(source, codecs, settings.tokens or _default_tokens(source, device), device)
     refuse_unfit(what, out, device)
-    return what.spill
+    return what.away
 
 
 def _record(
@@ -260,15 +260,16 @@ def _calibration_windows(source: SourceModel, text: str, settings: Settings, dev
 
 
 def _default_tokens(source: SourceModel, device: torch.device) -> int:
-    """What two passes, side by side, keep for each token must fit into half of a GPU's memory."""
+    """As many as half of the memory holds: the host's both models' states, a GPU's what experts read of them."""
     most, least = _TOKENS.get(device.type, 0), _TOKENS["cpu"]
     if device.type == "cuda":
         config = source.config.get_text_config()
-        inside = [getattr(config, "intermediate_size", None) or 4 * config.hidden_size]
+        if have := available_memory():
+            most = min(most, have // 2 // (2 * 4 * config.hidden_size))
         if experts := getattr(config, "num_experts_per_tok", None):
-            inside.append(experts * (getattr(config, "moe_intermediate_size", None) or inside[0]))
-        widest = config.hidden_size + max(inside)
-        most = min(most, torch.cuda.get_device_properties(device).total_memory // 2 // (2 * 2 * 4 * widest))
+            inside = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+            widest = max(config.hidden_size, experts * inside)
+            most = min(most, torch.cuda.get_device_properties(device).total_memory // 2 // (2 * 4 * widest))
     return max(least, most)
 
 
@@ -292,10 +293,14 @@ def _round(
     device: torch.device,
     rounder: GroupRounder,
     show: Listener,
-    spill: Spill,
+    away: bool,
 ) -> None:
-    """Take the calibration tokens through the model, block by block, and round its layers on the way."""
+    """Take the calibration tokens through the model, block by block, and round its layers on the way.
+
+    away: what is not worked on waits on the disk, and that of a GPU in the host's memory.
+    """
     batches, writer = microbatches(tokens, device), rounder.writer
+    spill = Spill(writer.folder if away and device.type == "cpu" else None)
     reference, calls = capture(source, batches, device, torch.float32)
     source.left |= look_ahead(source, reference[0], calls[0], device)
     quantized, first = list(reference), 0
@@ -307,6 +312,8 @@ def _round(
     elif settings.embeddings is not None:
         _round_embeddings(source, batches, settings, list(reference), calls, device, rounder)
         quantized, _ = capture(source, batches, device, torch.float32)
+    if away and device.type == "cuda":
+        reference, quantized = host_copies(reference), host_copies(quantized)
     spill.put([*reference, *quantized])
 
     def choice(group: Group) -> Choice:

@@ -16,7 +16,7 @@ from glq.packed import packed_bytes
 from glq.source import SourceModel
 from glq.unfinished import folder_of
 
-SPILL_FROM = 2**30  # bytes of a block's weights and activations in both models from which they wait on disk, on a CPU
+AWAY_FROM = 2**30  # bytes from which what is not worked on waits elsewhere: on disk, or, of a GPU, in the host's memory
 _PROCESS = 4e8  # bytes: PyTorch and transformers themselves
 _SQUARES, _COPIES = 5, 4  # fp32 matrices [in, in] and [out, in] that rounding has at its highest, at the least
 
@@ -27,7 +27,8 @@ class Needs:
 
     memory: int
     disk: int
-    spill: bool  # activations and weights that wait are kept on disk
+    host: int  # memory of the host, where the work is done on a GPU
+    away: bool  # what waits does so elsewhere: activations and weights on disk, or activations of a GPU on the host
 
 
 def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torch.device) -> Needs:
@@ -36,16 +37,16 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     block = max(sum(p.numel() for p in source.module(name).parameters()) for name in source.blocks)
     widest = max(cols for _, cols in shapes.values())
     states = 2 * 4 * tokens * source.config.get_text_config().hidden_size
-    activations = 2 * states + 4 * tokens * widest
-    waiting = 2 * 4 * block + activations
-    spill = device.type == "cpu" and waiting > SPILL_FROM
-    rounding = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
-    memory = (_PROCESS if device.type == "cpu" else 0) + rounding + (0 if spill else waiting)
+    on_gpu = device.type != "cpu"
+    waiting = states if on_gpu else 2 * 4 * block + 2 * states + 4 * tokens * widest
+    away = waiting > AWAY_FROM
+    memory = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
+    memory += 2 * 4 * block if on_gpu else int(_PROCESS)
     packed = sum(packed_bytes(codec, *shapes[name]) for name, codec in codecs.items() if name in shapes)
     stored = sum((source.path / file).stat().st_size for file in set(source.files.values()))
     rest = max(0, stored - 2 * sum(rows * cols for rows, cols in shapes.values()))  # bf16 that is kept as it is
-    disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if spill else 0)
-    return Needs(int(memory), int(disk), spill)
+    disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if away and not on_gpu else 0)
+    return Needs(memory + (0 if away else waiting), int(disk), states if on_gpu and away else 0, away)
 
 
 def refuse_unfit(what: Needs, out: Path, device: torch.device) -> None:
@@ -57,12 +58,13 @@ def refuse_unfit(what: Needs, out: Path, device: torch.device) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, and quantizing takes {what.disk / 1e9:.1f} GB there, temporary "
             "files included: free some, or write to another disk"
         )
-    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if have and have < what.memory:
-        raise GlqError(
-            f"{device} has {have / 1e9:.1f} GB of memory left, and quantizing takes {what.memory / 1e9:.1f} GB or "
-            "more: ask for fewer --tokens, or take a machine with more"
-        )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    for name, have, least in ((device, free, what.memory), ("the host", available_memory(), what.host)):
+        if have and have < least:
+            raise GlqError(
+                f"{name} has {have / 1e9:.1f} GB of memory left, and quantizing takes {least / 1e9:.1f} GB or "
+                "more: ask for fewer --tokens, or take a machine with more"
+            )
 
 
 def refuse_unwritable(out: Path) -> None:

@@ -78,6 +78,11 @@ class Spill:
         return mapped.as_strided(tensor.size(), tensor.stride())
 
 
+def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of tensors of a GPU, in the host's page-locked memory, which the GPU reads at the speed of the bus."""
+    return [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t) for t in tensors]
+
+
 def held_by(frame: FrameType | None) -> Iterator[Tensor]:
     """The tensors in the local variables of a frame and of those that called it; parameters are not among them."""
     while frame is not None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glq
 import glq.hf_integration
-from glq import GlqError, Settings, quantize
+from glq import GlqError, Settings, passes, quantize
 from glq.calibration import calibrate_block
 from glq.checkpoint import inspect, read_config
 from glq.discovery import capture, find_groups
@@ -213,7 +214,7 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
             for member in group.members:
                 twin.get_submodule(member).weight.data *= 0.5
 
-    steps = list(calibrate_block(block, groups, reference, quantized, first, first, half_the_weights))
+    steps = list(calibrate_block(block, groups, reference, quantized, first, first, device, half_the_weights))
     assert steps == [0, 1, 2, 3, 4]
     down = []
     hook = block.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, args: down.append(args[0][0]))
@@ -231,6 +232,20 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
     x, x_hat = torch.cat(down[:2]), torch.cat(down[2:])
     torch.testing.assert_close(found[3].hessian, x_hat.T @ x_hat / 64)
     torch.testing.assert_close(found[3].drift, (x - x_hat).T @ x_hat / 64)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_passes_that_begin_anew_give_the_same_bytes_as_those_that_wait(
+    tiny_model, text_file, tmp_path, monkeypatch, side_by_side
+):
+    settings = Settings(tokens=512, ctx=64, side_by_side=side_by_side)
+    quantize(tiny_model, tmp_path / "paused", settings, calibration=text_file, device="cpu")
+    monkeypatch.setattr("glq.calibration.begin", passes._Repeated)
+    quantize(tiny_model, tmp_path / "repeated", settings, calibration=text_file, device="cpu")
+    paused, repeated = (load_file(tmp_path / name / "model.safetensors") for name in ("paused", "repeated"))
+    assert paused.keys() == repeated.keys()
+    for name in paused:
+        assert torch.equal(paused[name], repeated[name]), name
 
 
 def test_rotations_stay_inside_tensor_parallel_shards(text_file, tmp_path):

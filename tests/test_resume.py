@@ -99,7 +99,7 @@ def test_experts_go_on_too(run, text_file, tmp_path):
 
 
 def test_waiting_on_disk_changes_no_byte(run, whole, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(glq.preflight, "SPILL_FROM", 0)
+    monkeypatch.setattr(glq.preflight, "AWAY_FROM", 0)
     monkeypatch.setattr(glq.spill, "LEAST", 1000)
     put = []
     original = glq.spill.Spill._mapped
@@ -127,7 +127,7 @@ def test_a_full_disk_says_so_and_goes_on_when_there_is_room(where, run, whole, t
 
         return call
 
-    monkeypatch.setattr(glq.preflight, "SPILL_FROM", 0 if where == "_mapped" else 2**40)
+    monkeypatch.setattr(glq.preflight, "AWAY_FROM", 0 if where == "_mapped" else 2**40)
     monkeypatch.setattr(glq.spill, "LEAST", 1000)
     with monkeypatch.context() as broken:
         if where == "_mapped":

@@ -105,7 +105,7 @@ def test_cuda_source_compiles_for_every_architecture_within_its_limits(arch):
         ("trellis-3", 400),
         ("trellis-3.75", 64),
     ):
-        plan = viterbi_cuda.plan(TRELLISES[name].step_bits, strips, MULTIPROCESSORS)
+        plan = viterbi_cuda.plan(TRELLISES[name].step_bits, strips, 64, MULTIPROCESSORS, 99 * 1024)
         assert plan.threads <= 1024
         assert plan.shared(64) <= 99 * 1024
         assert plan.source.compile(arch)[:4] == b"\x7fELF"
@@ -113,7 +113,7 @@ def test_cuda_source_compiles_for_every_architecture_within_its_limits(arch):
 
 def test_cubins_are_kept_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = viterbi_cuda.plan((8, 8), 10, MULTIPROCESSORS).source
+    source = viterbi_cuda.plan((8, 8), 10, 64, MULTIPROCESSORS, 99 * 1024).source
     code = source.cubin("sm_90")
     assert [f.read_bytes() for f in (tmp_path / "glq").iterdir()] == [code]
     monkeypatch.setattr(nvrtc.Source, "compile", lambda *_: pytest.fail("compiled again"))

@@ -3,7 +3,8 @@
 // Costs are halves: the least cost is subtracted at every step, distances are sums of squares of small differences, and
 // so their errors are relative; on N(0, 1) the path is as good as with fp32 costs. Two nodes share every instruction.
 // Macros: K0, K1 own bits of even and odd steps, STRIPS strips a block, LANES threads that together hold every node once,
-// GROUPS groups of them that share the rows of states.
+// GROUPS groups of them that share the rows of states; of the values that a thread reads at every step, HELD stay in its
+// registers and KEPT in shared memory (where all steps have the same bits), and the rest comes from the L2 cache.
 typedef unsigned int u32;
 typedef unsigned short u16;
 
@@ -21,6 +22,20 @@ __device__ __forceinline__ u32 cost2(u32 first, u32 second, u32 x0, u32 x1, u32 
   u32 a = sub2(first, x0), b = sub2(second, x1);
   return fma2(b, b, fma2(a, a, before));
 }
+
+// The values of all states, in their order, and the part of them that this thread has at hand.
+struct Values {
+  const u32 *first, *second;
+  u32 f[HELD + 1], g[HELD + 1];
+  uint2* kept;  // [KEPT][THREADS]
+
+  // `j` numbers what a thread reads in a step, which is at `at`; it is a constant where loops are unrolled.
+  __device__ __forceinline__ uint2 get(int j, int at) const {
+    if (j < HELD) return make_uint2(f[j], g[j]);
+    if (j < HELD + KEPT) return kept[(j - HELD) * THREADS + threadIdx.x];
+    return make_uint2(__ldg(first + at), __ldg(second + at));
+  }
+};
 
 // Shared memory: before [NODES][STRIPS] halves, partial [GROUPS - 1][NODES / 2][STRIPS], least [WARPS][STRIPS], xs.
 struct Shared {
@@ -49,11 +64,35 @@ __device__ __forceinline__ void load_before(u32* m, const u16* at) {  // STRIPS 
   }
 }
 
+template <int OUT>
+struct Rows {  // of states that leave through every node: how they are spread over the threads
+  static constexpr int ROW = 1 << (15 - OUT), PAIRS = ROW / LANES, COUNT = (1 << OUT) / GROUPS;  // ROW in node pairs
+  static __device__ __forceinline__ int at(int r, int q) {
+    return (threadIdx.x / LANES * COUNT + r) * ROW + q * LANES + threadIdx.x % LANES;
+  }
+};
+
+// To be read at every step. Only where rows are the same ones in all of them.
+__device__ __forceinline__ void hold(Values& v) {
+  if constexpr (HELD + KEPT > 0) {
+    using R = Rows<K0>;
+    #pragma unroll
+    for (int r = 0; r < R::COUNT; ++r)
+      #pragma unroll
+      for (int q = 0; q < R::PAIRS; ++q) {
+        const int j = r * R::PAIRS + q, at = R::at(r, q);
+        if (j < HELD) { v.f[j] = v.first[at]; v.g[j] = v.second[at]; }
+        else if (j < HELD + KEPT) v.kept[(j - HELD) * THREADS + threadIdx.x] = make_uint2(v.first[at], v.second[at]);
+      }
+  }
+}
+
 // Step i of a walk, at pair t, which has IN bits of its own; the next one has OUT. first and second are in the order of
 // the states: row h holds those whose OUT highest bits are h, and the node they leave through is their place in it.
 template <int IN, int OUT>
-__device__ __forceinline__ void step(const Shared& s, const u32* first, const u32* second, u32* history, int steps, int i, int t) {
-  constexpr int ROW = 1 << (15 - OUT), PAIRS = ROW / LANES, ROWS = (1 << OUT) / GROUPS;  // ROW in node pairs
+__device__ __forceinline__ void step(const Shared& s, const Values& v, u32* history, int steps, int i, int t) {
+  using R = Rows<OUT>;
+  constexpr int ROW = R::ROW, PAIRS = R::PAIRS;
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   u32 x0[STRIPS], x1[STRIPS], best[PAIRS][STRIPS];
   #pragma unroll
@@ -63,15 +102,15 @@ __device__ __forceinline__ void step(const Shared& s, const u32* first, const u3
     for (int q = 0; q < PAIRS; ++q) best[q][k] = INFINITE;
   }
   #pragma unroll UNROLL
-  for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < R::COUNT; ++r) {
     #pragma unroll
     for (int q = 0; q < PAIRS; ++q) {
-      const int at = (group * ROWS + r) * ROW + q * LANES + lane;
-      const u32 f = __ldg(first + at), g = __ldg(second + at);
+      const int at = R::at(r, q);
+      const uint2 w = v.get(r * PAIRS + q, at);
       u32 m[STRIPS];
       load_before(m, s.before + (2 * at >> IN) * STRIPS);
       #pragma unroll
-      for (int k = 0; k < STRIPS; ++k) best[q][k] = min2(best[q][k], cost2(f, g, x0[k], x1[k], m[k]));
+      for (int k = 0; k < STRIPS; ++k) best[q][k] = min2(best[q][k], cost2(w.x, w.y, x0[k], x1[k], m[k]));
     }
   }
   if (GROUPS > 1 && group > 0) {
@@ -112,15 +151,15 @@ __device__ __forceinline__ void step(const Shared& s, const u32* first, const u3
 }
 
 // One way around, from pair `shift`. history [STRIPS of this block][steps][NODES] halves: the costs before each step.
-__device__ void walk(const Shared& s, const u32* first, const u32* second, u32* history, int steps, int shift, bool closed) {
+__device__ __forceinline__ void walk(const Shared& s, const Values& v, u32* history, int steps, int shift, bool closed) {
   for (int i = threadIdx.x; i < NODES * STRIPS; i += THREADS)
     s.before[i] = closed && i / STRIPS != s.starts[i % STRIPS] ? 0x7C00 : 0;
   for (int i = threadIdx.x; i < WARPS * STRIPS; i += THREADS) s.least[i] = 0;
   __syncthreads();
   for (int i = 0; i < steps; ++i) {
     const int t = (i + shift) % steps;
-    if (K0 == K1 || t % 2 == 0) step<K0, K1>(s, first, second, history, steps, i, t);
-    else step<K1, K0>(s, first, second, history, steps, i, t);
+    if (K0 == K1 || t % 2 == 0) step<K0, K1>(s, v, history, steps, i, t);
+    else step<K1, K0>(s, v, history, steps, i, t);
   }
   __syncthreads();
 }
@@ -131,13 +170,14 @@ __device__ int trace(const Shared& s, const u16* first, const u16* second, const
   const int lane = threadIdx.x % 32;
   for (int i = steps - 1; i >= stop; --i) {
     const int t = (i + shift) % steps;
-    const int in = t % 2 ? K1 : K0, out = t % 2 ? K0 : K1;
+    const int in = K0 == K1 || t % 2 == 0 ? K0 : K1, out = K0 == K1 || t % 2 == 0 ? K1 : K0;
     const u32 x = s.xs[k * steps + t];
     u32 least = ~0u;
     if (i == 0) {
       least = start >> (16 - in - out);
     } else {
-      for (int h = lane; h < 1 << out; h += 32) {
+      #pragma unroll
+      for (int h = lane; h < 1 << out; h += 32) {  // K0 == K1: so many loads at once
         const int state = h << (16 - out) | node;
         u32 m = history[(size_t)i * NODES + (state >> in)];
         u32 c = cost2(first[state], second[state], x & 0xFFFF, x >> 16, m) & 0xFFFF;
@@ -157,12 +197,15 @@ __device__ int trace(const Shared& s, const u16* first, const u16* second, const
 // history [strips][steps][NODES] halves of scratch; states [strips][steps].
 extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, const u32* first, const u32* second, u32* history, int* states, int steps) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const Shared s(memory, steps);
+  const Shared s(memory + KEPT * THREADS * sizeof(uint2), steps);
+  Values v;
+  v.first = first; v.second = second; v.kept = (uint2*)memory;
+  hold(v);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const size_t strip = (size_t)blockIdx.x * STRIPS;
   history += strip * steps * (NODES / 2);
   for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = x[strip * steps + i];
-  walk(s, first, second, history, steps, steps / 2, false);
+  walk(s, v, history, steps, steps / 2, false);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     u32 least = ~0u;
     for (int i = lane; i < START; i += 32) least = min(least, (u32)s.before[i * STRIPS + k] << 16 | i);
@@ -173,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, cons
     if (lane == 0) s.starts[k] = node;
   }
   __syncthreads();
-  walk(s, first, second, history, steps, 0, true);
+  walk(s, v, history, steps, 0, true);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     const u16* mine = (const u16*)history + (size_t)k * steps * NODES;
     trace(s, (const u16*)first, (const u16*)second, mine, states + (strip + k) * steps, k, steps, 0, 0, s.starts[k], s.starts[k]);

@@ -1,6 +1,6 @@
 """Viterbi on an NVIDIA GPU: launches codecs/viterbi.cu."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -22,6 +22,8 @@ class Plan:
     strips: int  # a block
     lanes: int  # threads that hold every node once
     groups: int  # of lanes, among which the rows of states are divided
+    held: int = 0  # values of two states that a thread keeps in registers, of those that it reads at every step
+    kept: int = 0  # the same, in shared memory
 
     @property
     def nodes(self) -> int:
@@ -34,29 +36,39 @@ class Plan:
     def shared(self, steps: int) -> int:
         """Bytes of shared memory a block."""
         words = (self.groups - 1) * self.nodes // 2 + self.lanes // 32 + steps + 1
-        return self.strips * (2 * self.nodes + 4 * words)
+        return self.kept * self.threads * 8 + self.strips * (2 * self.nodes + 4 * words)
 
     @property
     def source(self) -> nvrtc.Source:
         even, odd = self.own
         spread = {"STRIPS": self.strips, "LANES": self.lanes, "GROUPS": self.groups}
-        return nvrtc.Source(("codecs/viterbi.cu",), tuple({"K0": even, "K1": odd, **spread, "UNROLL": 4}.items()))
+        unroll = (1 << odd) // self.groups if self.held else 4  # registers cannot be numbered at run time
+        at_hand = {"HELD": self.held, "KEPT": self.kept, "UNROLL": unroll}
+        return nvrtc.Source(("codecs/viterbi.cu",), tuple({"K0": even, "K1": odd, **spread, **at_hand}.items()))
 
 
 # (lanes, groups) by the most own bits, measured on an H100: for few strips, whose blocks are alone on their
 # processors, and for many.
 _FEW = {3: (512, 1), 4: (512, 2), 5: (256, 2), 6: (256, 4), 7: (256, 4), 8: (128, 8)}
+_HELD = 8
 _MANY = {3: (256, 1), 4: (256, 1), 5: (256, 1), 6: (256, 2), 7: (256, 2), 8: (128, 2)}
 
 
-def plan(own: tuple[int, int], strips: int, processors: int) -> Plan:
-    """Few strips: a block for each, for the sake of time; many: several a block, for the sake of the L2 cache."""
+def plan(own: tuple[int, int], strips: int, steps: int, processors: int, memory: int) -> Plan:
+    """Few strips: a block for each, for the sake of time; many: several a block, for the sake of the L2 cache.
+
+    memory: bytes of shared memory that a block may have.
+    """
     least, most = min(own), max(own)
+    if strips > 8 * processors:
+        return Plan(own, {3: 2, 4: 4}.get(least, 8), *_MANY[most])
+    alone = Plan(own, 1, *_FEW[most])
+    if least == most and strips <= 2 * processors:
+        room = (memory - alone.shared(steps)) // (8 * alone.threads)
+        return replace(alone, held=_HELD, kept=min(2**15 // alone.threads - _HELD, room))
     if strips <= 1.5 * processors:
-        return Plan(own, 1, *_FEW[most])
-    if strips <= 6 * processors:
-        return Plan(own, 2 if least == 3 else 4, *_FEW[most])
-    return Plan(own, {3: 2, 4: 4}.get(least, 8), *_MANY[most])
+        return alone
+    return replace(alone, strips=2 if least == 3 else 4)
 
 
 def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
@@ -69,7 +81,7 @@ def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
 def _search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     n, steps, _ = x.shape
     gpu = nvrtc.gpu(x.device)
-    p = plan(own, n, gpu.multiprocessors)
+    p = plan(own, n, steps, gpu.multiprocessors, gpu.shared_memory - nvrtc.RESERVED)
     blocks = -(-n // p.strips)
     scaled = (x.clamp(-_FAR, _FAR) * _SCALE).half()
     scaled = pad(scaled, (0, 0, 0, 0, 0, blocks * p.strips - n))
