@@ -16,7 +16,7 @@ from glq.packed import packed_bytes
 from glq.source import SourceModel
 from glq.unfinished import folder_of
 
-SPILL_FROM = 2**30  # bytes of a block's weights and activations in both models from which they wait on disk, on a CPU
+SPILL_FROM = 2**29  # bytes of a block's weights and activations in both models from which they wait on disk, on a CPU
 _PROCESS = 4e8  # bytes: PyTorch and transformers themselves
 _SQUARES, _COPIES = 5, 4  # fp32 matrices [in, in] and [out, in] that rounding has at its highest, at the least
 
