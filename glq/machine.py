@@ -1,12 +1,14 @@
 """What the process may ask of the machine: a device, and how much memory it took."""
 
 import ctypes
+import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glq import __version__
 from glq.errors import GlqError
 
 
@@ -26,6 +28,24 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def likeness(device: torch.device) -> dict[str, str]:
+    """What makes another machine compute the same to the last bit, the number of threads aside."""
+    if device.type == "cuda":
+        unit = torch.cuda.get_device_name(device)
+    else:
+        unit = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"glq": __version__, "PyTorch": torch.__version__, "unit": unit}
+
+
+def _processor() -> str:
+    """Its model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_memory() -> int:
