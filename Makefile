@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL := demo/smollm2-135m
 OUT := demo/smollm2-135m-glq-3bit
 
-.PHONY: demo check slow vllm docs dist sbom audit format clean
+.PHONY: demo check slow ray vllm docs dist sbom audit format clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -35,6 +35,10 @@ check: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest --slow
+
+ray: $(VENV)/.dev  # two nodes on this machine
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_ray.py --slow
 
 $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	python3 -m venv $(VENV)-vllm

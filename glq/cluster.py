@@ -94,6 +94,7 @@ def _connected(address: str, device: torch.device) -> Iterator[RayWorkers]:
     except ImportError as error:
         raise GlqError("a Ray cluster takes Ray: pip install 'glq[ray]'") from error
     try:
+        _ask(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise GlqError(f"no Ray cluster answers at {address!r}: {_line(error)}") from error
@@ -101,6 +102,13 @@ def _connected(address: str, device: torch.device) -> Iterator[RayWorkers]:
         yield RayWorkers(ray, device)
     finally:
         ray.shutdown()  # ends what still runs for this process
+
+
+def _ask(address: str) -> None:
+    """OSError if nothing listens there, which Ray would take minutes to say."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _round(sent: _Sent) -> Outcome:
