@@ -226,10 +226,10 @@ def round_layers(
     del weight
     found += findings.of_damping(damping, p.damping)
     whole = energy(p.target, p.hessian)
-    rounded, scale, lost = _rounded(p, p.factor, codec, panels, whole)
+    rounded, scale, lost = _rounded(p, p.feedback, codec, panels, whole)
     plain = findings.expected_loss(p.target, p.hessian, codec.mse) / whole.item() if whole > 0 else lost
     if lost > findings.WORSE * plain:
-        without = _rounded(p, torch.eye(len(p.hessian), dtype=torch.float64, device=whole.device), codec, panels, whole)
+        without = _rounded(p, torch.eye(len(p.hessian), device=whole.device), codec, panels, whole)
         found.append(
             f"loses {lost:.3g} where plain rounding is expected to lose {plain:.3g}, and does {without[2]:.3g}"
         )
@@ -247,10 +247,10 @@ def round_layers(
 
 
 def _rounded(
-    p: "_Problem", m: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
+    p: "_Problem", n: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
 ) -> tuple[Rounded, Tensor, float]:
     """With the fp16 scales that are stored, and the share of the whole energy that is lost with these."""
-    rounded = round_matrix(p.target, p.hessian, m, codec, panels)
+    rounded = round_matrix(p.target, p.hessian, n, codec, panels)
     scale = rounded.scale.to(torch.float16)
     return rounded, scale, (energy(p.target - rounded.values * scale.float()[:, None], p.hessian) / whole).item()
 
@@ -266,8 +266,7 @@ def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping
     if mse > 0:
         white = torch.randn(changed.shape, generator=torch.Generator().manual_seed(seed)).to(changed.device)
         white *= (mse * changed.square().mean(1, keepdim=True)).sqrt()
-        n = feedback(p.factor)
-        changed = changed - torch.linalg.solve_triangular(n, white, upper=True, left=False, unitriangular=True)
+        changed = changed - torch.linalg.solve_triangular(p.feedback, white, upper=True, left=False, unitriangular=True)
     weight = unrotate(changed, p.signs, p.block)
     for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = part
@@ -275,11 +274,11 @@ def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be rounded, in the rotated basis: target [out, in], hessian [in, in], its damped factor."""
+    """What is to be rounded, in the rotated basis: target [out, in], hessian [in, in], the feedback of its factor."""
 
     target: Tensor
     hessian: Tensor
-    factor: Tensor
+    feedback: Tensor
     signs: Tensor
     block: int
     damping: float  # that the factor took
@@ -297,7 +296,7 @@ def _pose(
     m, taken = damped_factor(h, damping)
     for rows in target.tensor_split(-(-len(target) // _rows(target))):
         rows += HALF_STEP * solve(m, rows @ drift)
-    return _Problem(target, h, m, signs, block, taken)
+    return _Problem(target, h, feedback(m), signs, block, taken)
 
 
 def group_seed(seed: int, name: str) -> int:

@@ -115,14 +115,13 @@ def solve(m: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(m, y, upper=True, left=False).to(b.dtype)
 
 
-def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec, panels: "PanelRounder") -> Rounded:
-    """Round w [out, in] fp32 (rotated) under h [in, in] in the same basis; m is `factor(h, damping)`.
+def round_matrix(w: Tensor, h: Tensor, n: Tensor, codec: Codec, panels: "PanelRounder") -> Rounded:
+    """Round w [out, in] fp32 (rotated) under h [in, in] in the same basis; n is `feedback(factor(h, damping))`.
 
     A row is scaled to unit variance for the codec, and its scale is fitted again by least squares under h at the end.
     A zero row gets scale 0. Deterministic on one device.
     """
     scale = w.square().mean(1).sqrt()
-    n = feedback(m)
     codes, values = ldlq(w / torch.where(scale > 0, scale, 1.0)[:, None], n, codec, panels)  # kept by ldlq alone
     return Rounded(codes, values, refit(w, values, h, scale))
 
