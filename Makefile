@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL := demo/smollm2-135m
 OUT := demo/smollm2-135m-glq-3bit
 
-.PHONY: demo check slow vllm docs dist format clean
+.PHONY: demo check slow ray vllm docs dist sbom audit format clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -36,6 +36,10 @@ check: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest --slow
 
+ray: $(VENV)/.dev  # two nodes on this machine
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_ray.py --slow
+
 $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	python3 -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
@@ -61,9 +65,27 @@ dist: $(VENV)/.dev  # wheel and sdist, built twice: the bytes must be the same
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/hatchling build -d build/again
 	cd dist && sha256sum * > ../build/sums && cd ../build/again && sha256sum --check ../sums
 
+$(VENV)-audit/.done:
+	python3 -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet 'cyclonedx-bom>=7,<8' 'pip-audit>=2.10,<3'
+	touch $@
+
+build/requirements.txt: $(VENV)/.dev tools/requirements.py  # what glq takes to run, in the versions of constraints.txt
+	mkdir -p build
+	$(BIN)/python tools/requirements.py hf cuda demo > $@
+
+sbom: build/requirements.txt $(VENV)-audit/.done  # build/sbom/glq-VERSION.cdx.json, CycloneDX
+	mkdir -p build/sbom
+	version=$$($(BIN)/hatchling version) && sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > build/pyproject.toml && \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(VENV)-audit/bin/cyclonedx-py requirements build/requirements.txt \
+		--pyproject build/pyproject.toml --mc-type library --output-reproducible -o build/sbom/glq-$$version.cdx.json
+
+audit: build/requirements.txt $(VENV)-audit/.done  # known vulnerabilities of these versions, asked of PyPI; all or an error
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/requirements.txt
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs $(VENV)-audit demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

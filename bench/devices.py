@@ -85,11 +85,12 @@ class Timed:
     def seconds(self) -> list[float]:
         """Of two times; `digest` is that of all that was written."""
         from glq.rounder import Choice, GroupRounder
+        from glq.workers import Devices
         from glq.writer import CheckpointWriter
 
         found = []
         with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "out") as writer:
-            rounder = GroupRounder(writer, self.devices, 0, 0.1)
+            rounder = GroupRounder(writer, Devices(self.devices), 0, 0.1)
             for _ in range(2):
                 written: dict[str, str] = {}
                 writer.add = lambda tensors, into=written: into.update(  # type: ignore[method-assign]

@@ -56,8 +56,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     settings, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
-    settings.work.mkdir(parents=True, exist_ok=True)
-    whole, out = settings.work / "whole", settings.work / "out"
+    whole, out = (settings.work / name / "out" for name in ("whole", "killed"))  # the model card has its name
+    for folder in (whole.parent, out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     seconds = run(command(settings.model, whole, options), whole, 1e9) or 0.0
     expected = digests(whole)
     print(f"one run works for {seconds:.1f} s and writes {len(expected)} files")

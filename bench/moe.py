@@ -28,6 +28,7 @@ from glq.moments import Moments
 from glq.quant_experts import QuantExperts
 from glq.rotation import block_width
 from glq.rounder import Choice, GroupRounder
+from glq.workers import Devices
 from glq.writer import CheckpointWriter
 
 EXPERTS, TOP_K, HIDDEN, INSIDE = 128, 8, 2048, 768
@@ -124,7 +125,7 @@ def time_rounding(codec: str, count: int = 4) -> float:
     config = Qwen3MoeConfig(**sizes, num_experts_per_tok=1, vocab_size=8)
     experts = DenseExperts(Qwen3MoeForCausalLM(config).model.layers[0].mlp.experts).to("cuda")
     with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name) / "out") as writer, torch.no_grad():
-        rounder = GroupRounder(writer, [torch.device("cuda")], 0, 0.1)
+        rounder = GroupRounder(writer, Devices([torch.device("cuda")]), 0, 0.1)
         start = 0.0
         for expert in range(count + 1):
             for product, entries in zip(experts.products, (("e.*.g", "e.*.u"), ("e.*.d",)), strict=True):

@@ -63,8 +63,9 @@ def quantize(
     device: _Device = "auto",
     devices: Annotated[str | None, typer.Option(help="GPUs that share the rounding: 0,1 or cuda:0,cuda:1")] = None,
     side_by_side: Annotated[
-        bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices to share out")
+        bool, typer.Option("--side-by-side", help="round a block's matrices at once, for --devices or --ray to share")
     ] = False,
+    ray: Annotated[str | None, typer.Option(help="Ray cluster that does the rounding: auto, or HOST:PORT")] = None,
     seed: _Seed = 0,
     restart: Annotated[bool, typer.Option("--restart", help="begin anew where a run was stopped")] = False,
     log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
@@ -112,6 +113,7 @@ def quantize(
                 calibration=calibration,
                 device=device,
                 devices=devices.split(",") if devices else (),
+                ray=ray,
                 restart=restart,
                 progress=listener,
             )

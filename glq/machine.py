@@ -1,6 +1,7 @@
 """What the process may ask of the machine: a device, and how much memory it took."""
 
 import ctypes
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from glq import __version__
 from glq.errors import GlqError
 
 
@@ -30,6 +32,7 @@ def describe(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+<<<<<<< HEAD
 @contextmanager
 def tensor_cores() -> Iterator[None]:
     """Products of fp32 matrices on a GPU take TF32 while the context lasts: factors of 11 bits, sums in fp32."""
@@ -41,6 +44,24 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         setattr(matmul, key, before)
+=======
+def likeness(device: torch.device) -> dict[str, str]:
+    """What makes another machine compute the same to the last bit, the number of threads aside."""
+    if device.type == "cuda":
+        unit = torch.cuda.get_device_name(device)
+    else:
+        unit = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"glq": __version__, "PyTorch": torch.__version__, "unit": unit}
+
+
+def _processor() -> str:
+    """Its model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+>>>>>>> faults
 
 
 def peak_memory() -> int:

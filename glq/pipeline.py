@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glq import __version__
 from glq.calibration import Group, microbatches, read_text, walk, windows
+from glq.cluster import workers_of
 from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
 from glq.codecs.packing import TILE_COLS
 from glq.config import GlqConfig
@@ -120,6 +121,7 @@ def round_model(
     calibration: str | Path | None = None,
     device: str = "auto",
     devices: Sequence[str] = (),
+    ray: str | None = None,
     plan: dict[str, Any] | None = None,
     restart: bool = False,
     progress: Listener = silent,
@@ -139,9 +141,16 @@ def round_model(
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
+<<<<<<< HEAD
     with CheckpointWriter(Path(out), _record(source, settings, text, where, plan), restart) as writer:
         rounder = GroupRounder(writer, shared, settings.seed, settings.damping)
         _round(source, tokens, settings, where, rounder, progress, away)
+=======
+    record = _record(source, settings, text, where, plan)
+    with workers_of(shared, ray) as workers, CheckpointWriter(Path(out), record, restart) as writer:
+        rounder = GroupRounder(writer, workers, settings.seed, settings.damping)
+        _round(source, tokens, settings, where, rounder, progress, Spill(writer.folder if spill else None))
+>>>>>>> faults
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())
@@ -151,15 +160,15 @@ def round_model(
             "quantization_config": GlqConfig(modules, round(bits, 4), __version__, settings.tensor_parallel).to_dict()
         }
         writer.add_json("config.json", raw)
-        record = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        done = {"settings": asdict(settings), "calibration_sha256": hashlib.sha256(text.encode()).hexdigest()}
         left = source.unquantized(stored)
         if left:
-            record["left"] = left
+            done["left"] = left
         if rounder.tokens:
-            record["expert_tokens"] = rounder.tokens
+            done["expert_tokens"] = rounder.tokens
         if rounder.findings:
-            record["findings"] = rounder.findings
-        writer.add_json("quantization.json", record | {"bits": bits, "errors": errors, "glq_version": __version__})
+            done["findings"] = rounder.findings
+        writer.add_json("quantization.json", done | {"bits": bits, "errors": errors, "glq_version": __version__})
         if plan is not None:
             writer.add_json("glq_plan.json", plan)
         writer.commit()
@@ -338,7 +347,7 @@ def _round(
         device,
         round_groups,
         first=first,
-        together=len(rounder.devices),
+        together=rounder.workers.count,
         side_by_side=settings.side_by_side,
         spill=spill,
         ended=ended,

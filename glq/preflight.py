@@ -16,7 +16,7 @@ from glq.packed import packed_bytes
 from glq.source import SourceModel
 from glq.unfinished import folder_of
 
-AWAY_FROM = 2**30  # bytes from which what is not worked on waits elsewhere: on disk, or, of a GPU, in the host's memory
+AWAY_FROM = 2**29  # bytes from which what is not worked on waits elsewhere: on disk, or, of a GPU, in the host's memory
 _PROCESS = 4e8  # bytes: PyTorch and transformers themselves
 _SQUARES, _COPIES = 5, 4  # fp32 matrices [in, in] and [out, in] that rounding has at its highest, at the least
 

@@ -27,6 +27,7 @@ def quantize(
     calibration: str | Path | None = None,
     device: str = "auto",
     devices: Sequence[str] = (),
+    ray: str | None = None,
     mixed: bool | None = None,
     plan: Plan | None = None,
     tuning: TuneSettings | None = None,
@@ -36,12 +37,13 @@ def quantize(
     """Quantize a Hugging Face model directory (or hub name) into the checkpoint directory `out`.
 
     calibration: a UTF-8 text file; without one, a public-domain text that the package ships. devices: GPUs among which
-    rounding is shared out, instead of `device`; the first does the rest, and the bytes are those of one alone. mixed:
-    let layers differ in their codecs, as measured; by default only at rates that no codec has (2.25, …). plan: use this
-    one instead of measuring. tuning: train scales and norms afterwards. Raises GlqError before any work starts if the
-    model, the text, the settings or `out` are not fit for it; nothing is overwritten. After a crash, Ctrl-C or a full
-    disk, a call with the same arguments goes on at the last block that was finished; restart: begin anew. Beside the
-    checkpoint lie report.html, report.json and a model card.
+    rounding is shared out, instead of `device`; the first does the rest, and the bytes are those of one alone. ray: the
+    address of a Ray cluster that rounds instead, its machines like this one. mixed: let layers differ in their codecs,
+    as measured; by default only at rates that no codec has (2.25, …). plan: use this one instead of measuring. tuning:
+    train scales and norms afterwards. Raises GlqError before any work starts if the model, the text, the settings or
+    `out` are not fit for it; nothing is overwritten. After a crash, Ctrl-C or a full disk, a call with the same
+    arguments goes on at the last block that was finished; restart: begin anew. Beside the checkpoint lie report.html,
+    report.json and a model card.
     """
     settings = settings or Settings(bits=3 if plan is None else plan.bits)
     if plan is not None and plan.bits != settings.bits:
@@ -55,6 +57,8 @@ def quantize(
         raise GlqError(f"mixed rates take codecs of their own: leave out either mixed or the codec {settings.codec!r}")
     if devices and device != "auto":
         raise GlqError(f"name either one device, {device!r}, or several, {','.join(devices)!r}")
+    if devices and ray is not None:
+        raise GlqError(f"rounding is shared out either to devices, {','.join(devices)!r}, or to a Ray cluster, {ray!r}")
     if devices:
         device = str(pick_devices(devices)[0])
     out = Path(out)
@@ -75,6 +79,7 @@ def quantize(
         calibration=calibration,
         device=device,
         devices=devices,
+        ray=ray,
         restart=restart,
         progress=progress,
     )

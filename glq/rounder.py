@@ -3,14 +3,13 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from glq import findings, spread
+from glq import findings
 from glq.calibration import Group
 from glq.codecs import Codec, get_codec
 from glq.codecs.packing import tile_rows
@@ -20,13 +19,11 @@ from glq.moments import Moments
 from glq.packed import PackedLinear, pack_codes, pack_signs
 from glq.rotation import block_width, random_signs, rotate, unrotate
 from glq.rounding import (
-    GraphedPanelRounder,
     PanelRounder,
     Rounded,
     all_finite,
     damped_factor,
     energy,
-    factor,
     feedback,
     round_matrix,
     round_panel,
@@ -69,25 +66,71 @@ class Choice:
     shards: int = 1
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Layers that are rounded as one matrix, and all that the outcome depends on: data that can go to another place."""
+
+    layers: list[nn.Linear]
+    moments: Moments
+    codec: str
+    seed: int
+    damping: float
+    shards: int
+    alone: bool  # nothing else reads the moments: they may be overwritten
+
+    @property
+    def size(self) -> float:
+        """Of the time it takes: columns come one after the other, and few rows leave a GPU idle."""
+        return self.moments.hessian.shape[0] * max(_FULL, sum(layer.out_features for layer in self.layers))
+
+    def to(self, device: torch.device) -> "Matrix":
+        layers = [linear(layer.weight.to(device)) for layer in self.layers]
+        return replace(self, layers=layers, moments=self.moments.to(device))
+
+    def round(self, panels: PanelRounder) -> "Outcome":
+        found, how = findings.of_input(self.moments), (get_codec(self.codec), self.seed, self.damping)
+        packed, lost = round_layers(self.layers, self.moments, *how, panels, self.shards, self.alone, found)
+        return Outcome(packed, lost, found)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of rounding a matrix: its layers packed, the share of energy that was lost, and what is worth knowing."""
+
+    packed: list[PackedLinear]
+    lost: float
+    found: list[str]
+
+    def to(self, device: torch.device) -> "Outcome":
+        return replace(self, packed=[p.to(device) for p in self.packed])
+
+
+class Workers(Protocol):
+    """Who rounds matrices: `count` at once, which changes nothing but the time. Outcomes come in the order given.
+
+    device: where the matrices are, and the outcomes.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def __call__(self, matrices: Sequence[Matrix]) -> list[Outcome]: ...
+
+
 class GroupRounder:
     """Rounds groups of layers; `stored` says what was done, by the layers' full names.
 
-    devices: among which groups that come together are shared out; layers, and what is returned, are on the first. They
-    change nothing but the time. tokens: how many of the calibration each expert read, by the name of its layer's first
-    product.
+    tokens: how many of the calibration each expert read, by the name of its layer's first product.
     """
 
-    def __init__(self, writer: CheckpointWriter, devices: Sequence[torch.device], seed: int, damping: float) -> None:
+    def __init__(self, writer: CheckpointWriter, workers: Workers, seed: int, damping: float) -> None:
         self.stored: dict[str, Stored] = {}
         self.tokens: dict[str, list[int]] = {}
         self.findings: dict[str, list[str]] = {}
-        self.writer, self.devices, self._seed, self._damping = writer, devices, seed, damping
-        self._panels: list[PanelRounder] = [round_panel for _ in devices]
-        if devices[0].type == "cuda":
-            capturing = Lock()
-            self._panels = [GraphedPanelRounder(capturing) for _ in devices]
-            for device in devices[1:]:  # PyTorch loads its solvers when they are first used, which threads must not do
-                factor(torch.eye(2, device=device), damping)
+        self.writer, self.workers, self._seed, self._damping = writer, workers, seed, damping
 
     def __call__(self, *choices: Choice) -> None:
         """Round the layers of groups, give them the rounded weights, and write them to the checkpoint, in this order.
@@ -95,10 +138,10 @@ class GroupRounder:
         Experts of one layer share their signs, so that an input is rotated once for all of them.
         """
         chosen = [part for choice in choices for part in self._parts(choice)]
-        rounded = spread.run(self.devices, [self._task(part) for part in chosen])
-        for part, (packed, lost, found) in zip(chosen, rounded, strict=True):
-            self._keep(part, packed, lost)
-            self.note(", ".join(part.layers), found, part.group.expert)
+        outcomes = self.workers([part.matrix for part in chosen])
+        for part, outcome in zip(chosen, outcomes, strict=True):
+            self._keep(part, outcome)
+            self.note(", ".join(part.layers), outcome.found, part.expert)
 
     def note(self, name: str, found: list[str], expert: int | None = None) -> None:
         """Have findings in the record, under a name."""
@@ -128,23 +171,12 @@ class GroupRounder:
         for codec in different:
             layers = {name: layer for name, layer in group.layers.items() if codecs[name] == codec}
             alone = len(different) == 1 and group.expert is None
-            yield _Part(group, layers, get_codec(codec), group_seed(self._seed, first), choice.shards, alone)
+            how = (codec, group_seed(self._seed, first), self._damping, choice.shards, alone)
+            yield _Part(layers, Matrix(list(layers.values()), group.moments, *how), group.expert)
 
-    def _task(self, part: "_Part") -> spread.Task[tuple[list[PackedLinear], float, list[str]]]:
-        def work(index: int) -> tuple[list[PackedLinear], float, list[str]]:
-            device, members = self.devices[index], list(part.layers.values())
-            there = members if index == 0 else [_moved(layer, device) for layer in members]
-            moments = part.group.moments if index == 0 else part.group.moments.to(device)
-            panels, how = self._panels[index], (part.codec, part.seed, self._damping)
-            found = findings.of_input(moments)
-            packed, lost = round_layers(there, moments, *how, panels, part.shards, part.alone, found)
-            return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost, found
-
-        return spread.Task(part.size, work)
-
-    def _keep(self, part: "_Part", packed: list[PackedLinear], lost: float) -> None:
-        expert = part.group.expert
-        for (name, layer), p in zip(part.layers.items(), packed, strict=True):
+    def _keep(self, part: "_Part", outcome: Outcome) -> None:
+        expert, lost = part.expert, outcome.lost
+        for (name, layer), p in zip(part.layers.items(), outcome.packed, strict=True):
             if not torch.isfinite(p.scale).all():
                 raise GlqError(f"{name}: its weights are too large for 16-bit scales: the model is broken")
             layer.weight.data = p.dequantize()
@@ -158,26 +190,18 @@ class GroupRounder:
 
 @dataclass(frozen=True)
 class _Part:
-    """Layers of a group that are rounded as one matrix."""
+    """Layers of a group by their names, and the matrix as which they are rounded."""
 
-    group: Group
     layers: dict[str, nn.Linear]
-    codec: Codec
-    seed: int
-    shards: int
-    alone: bool  # no other part reads the moments: they may be overwritten
-
-    @property
-    def size(self) -> float:
-        """Of the time it takes: columns come one after the other, and few rows leave a GPU idle."""
-        return self.group.moments.hessian.shape[0] * max(_FULL, sum(m.out_features for m in self.layers.values()))
+    matrix: Matrix
+    expert: int | None
 
 
-def _moved(layer: nn.Linear, device: torch.device) -> nn.Linear:
-    """A layer of the same weights there."""
-    moved = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    moved.weight = nn.Parameter(layer.weight.to(device), requires_grad=False)
-    return moved
+def linear(weight: Tensor) -> nn.Linear:
+    """A layer of this weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def round_layers(
@@ -202,10 +226,10 @@ def round_layers(
     del weight
     found += findings.of_damping(damping, p.damping)
     whole = energy(p.target, p.hessian)
-    rounded, scale, lost = _rounded(p, p.factor, codec, panels, whole)
+    rounded, scale, lost = _rounded(p, p.feedback, codec, panels, whole)
     plain = findings.expected_loss(p.target, p.hessian, codec.mse) / whole.item() if whole > 0 else lost
     if lost > findings.WORSE * plain:
-        without = _rounded(p, torch.eye(len(p.hessian), dtype=torch.float64, device=whole.device), codec, panels, whole)
+        without = _rounded(p, torch.eye(len(p.hessian), device=whole.device), codec, panels, whole)
         found.append(
             f"loses {lost:.3g} where plain rounding is expected to lose {plain:.3g}, and does {without[2]:.3g}"
         )
@@ -223,10 +247,10 @@ def round_layers(
 
 
 def _rounded(
-    p: "_Problem", m: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
+    p: "_Problem", n: Tensor, codec: Codec, panels: PanelRounder, whole: Tensor
 ) -> tuple[Rounded, Tensor, float]:
     """With the fp16 scales that are stored, and the share of the whole energy that is lost with these."""
-    rounded = round_matrix(p.target, p.hessian, m, codec, panels)
+    rounded = round_matrix(p.target, p.hessian, n, codec, panels)
     scale = rounded.scale.to(torch.float16)
     return rounded, scale, (energy(p.target - rounded.values * scale.float()[:, None], p.hessian) / whole).item()
 
@@ -242,8 +266,7 @@ def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping
     if mse > 0:
         white = torch.randn(changed.shape, generator=torch.Generator().manual_seed(seed)).to(changed.device)
         white *= (mse * changed.square().mean(1, keepdim=True)).sqrt()
-        n = feedback(p.factor)
-        changed = changed - torch.linalg.solve_triangular(n, white, upper=True, left=False, unitriangular=True)
+        changed = changed - torch.linalg.solve_triangular(p.feedback, white, upper=True, left=False, unitriangular=True)
     weight = unrotate(changed, p.signs, p.block)
     for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = part
@@ -251,11 +274,11 @@ def correct_layers(layers: list[nn.Linear], moments: Moments, seed: int, damping
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be rounded, in the rotated basis: target [out, in], hessian [in, in], its damped factor."""
+    """What is to be rounded, in the rotated basis: target [out, in], hessian [in, in], the feedback of its factor."""
 
     target: Tensor
     hessian: Tensor
-    factor: Tensor
+    feedback: Tensor
     signs: Tensor
     block: int
     damping: float  # that the factor took
@@ -271,8 +294,9 @@ def _pose(
     h, drift = (_rotate_both(moment if overwrite else moment.clone(), signs, block) for moment in both)
     target = rotate(weight, signs, block)
     m, taken = damped_factor(h, damping)
-    target += HALF_STEP * solve(m, target @ drift)
-    return _Problem(target, h, m, signs, block, taken)
+    for rows in target.tensor_split(-(-len(target) // _rows(target))):
+        rows += HALF_STEP * solve(m, rows @ drift)
+    return _Problem(target, h, feedback(m), signs, block, taken)
 
 
 def group_seed(seed: int, name: str) -> int:
@@ -280,9 +304,14 @@ def group_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") % 2**63
 
 
+def _rows(x: Tensor) -> int:
+    """Rows of a matrix to treat at once: on a CPU few, for little memory."""
+    return max(64, _AT_ONCE // x.shape[1]) if x.device.type == "cpu" else len(x)
+
+
 def _rotate_both(h: Tensor, signs: Tensor, block: int) -> Tensor:
-    """R·h·Rᵀ, in the memory of h [in, in]: on a CPU some rows and columns at a time, which changes no bit there."""
-    step = max(64, _AT_ONCE // h.shape[1]) if h.device.type == "cpu" else len(h)
+    """R·h·Rᵀ, in the memory of h [in, in]; done in pieces, it is the same to the bit."""
+    step = _rows(h)
     for some in range(0, len(h), step):
         rows = h[some : some + step]
         rows.copy_(rotate(rows, signs, block))

@@ -115,15 +115,14 @@ def solve(m: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(m, y, upper=True, left=False).to(b.dtype)
 
 
-def round_matrix(w: Tensor, h: Tensor, m: Tensor, codec: Codec, panels: "PanelRounder") -> Rounded:
-    """Round w [out, in] fp32 (rotated) under h [in, in] in the same basis; m is `factor(h, damping)`.
+def round_matrix(w: Tensor, h: Tensor, n: Tensor, codec: Codec, panels: "PanelRounder") -> Rounded:
+    """Round w [out, in] fp32 (rotated) under h [in, in] in the same basis; n is `feedback(factor(h, damping))`.
 
     A row is scaled to unit variance for the codec, and its scale is fitted again by least squares under h at the end.
     A zero row gets scale 0. Deterministic on one device.
     """
     scale = w.square().mean(1).sqrt()
-    unit = w / torch.where(scale > 0, scale, 1.0)[:, None]
-    codes, values = ldlq(unit, feedback(m), codec, panels)
+    codes, values = ldlq(w / torch.where(scale > 0, scale, 1.0)[:, None], n, codec, panels)  # kept by ldlq alone
     return Rounded(codes, values, refit(w, values, h, scale))
 
 
@@ -138,6 +137,7 @@ def ldlq(w: Tensor, n: Tensor, codec: Codec, round_panel: "PanelRounder") -> tup
     if extra_rows or extra_cols:
         w, n = pad(w, (0, extra_cols, 0, extra_rows)), pad(n, (0, extra_cols, 0, extra_cols))
     target = w.T.contiguous()  # [in, out]: a block of columns is contiguous
+    del w
     values, error = torch.empty_like(target), torch.empty_like(target)
     codes = []
     for start in range(0, target.shape[0], PANEL):
@@ -231,7 +231,7 @@ def refit(w: Tensor, values: Tensor, h: Tensor, fallback: Tensor) -> Tensor:
     """The row scales s that make tr((w − s·values) h (w − s·values)ᵀ) least; `fallback` where that is undefined."""
     hv = values @ h.to(values.dtype)
     denominator = (hv * values).sum(1)
-    scale = (hv * w).sum(1) / torch.where(denominator > 0, denominator, 1.0)
+    scale = hv.mul_(w).sum(1) / torch.where(denominator > 0, denominator, 1.0)
     return torch.where((denominator > 0) & (scale > 0) & (fallback > 0), scale, fallback)
 
 
@@ -242,4 +242,4 @@ def objective(w: Tensor, rounded: Tensor, h: Tensor) -> Tensor:
 
 def energy(w: Tensor, h: Tensor) -> Tensor:
     """tr(w h wᵀ), a scalar: of what w [out, in] gives for inputs with the second moments h."""
-    return ((w @ h) * w).sum()
+    return (w @ h).mul_(w).sum()

@@ -1,5 +1,6 @@
 """Work that was stopped: by a signal, a full disk, an error. It goes on where it was, and the bytes are the same."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -143,6 +144,43 @@ def test_a_full_disk_says_so_and_goes_on_when_there_is_room(where, run, whole, t
     assert not (tmp_path / "out").exists()
     run()
     assert content(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB, as root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [5, 9, 12])
+def test_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(at, small_disk, model, whole, text_file):
+    ballast = small_disk / "ballast"
+
+    def fill(progress):
+        if progress.done == at:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    options = {"settings": SETTINGS, "calibration": text_file, "device": "cpu"}
+    with pytest.raises(ResumableError, match="No space left on device") as info:
+        quantize(model, small_disk / "out", progress=fill, **options)
+    assert "\n" not in str(info.value)
+    assert not (small_disk / "out").exists()
+    assert folder_of(small_disk / "out").exists()
+    ballast.unlink()
+    seen = []
+    quantize(model, small_disk / "out", progress=lambda p: seen.append(p.done), **options)
+    assert seen[0] > 1
+    assert content(small_disk / "out") == whole
+    assert [file.name for file in small_disk.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_ldlq_beats_plain_rounding(name, rows, cols):
     codec = CODECS[name]
     h = hessian(cols, 3 * cols)
     w = torch.randn(rows, cols) * torch.rand(rows, 1).add(0.1)
-    rounded = round_matrix(w, h, factor(h, 0.01), codec, round_panel)
+    rounded = round_matrix(w, h, feedback(factor(h, 0.01)), codec, round_panel)
     values = rounded.values * rounded.scale[:, None]
     scale = w.square().mean(1, keepdim=True).sqrt()
     padded = torch.nn.functional.pad(w / scale, (0, -cols % 64, 0, -rows % tile_rows(codec.group)))
@@ -49,7 +49,7 @@ def test_ldlq_beats_plain_rounding(name, rows, cols):
 @pytest.mark.parametrize("name", CODECS)
 def test_values_are_what_the_codes_decode_to(name):
     h = hessian(100, 300)
-    rounded = round_matrix(torch.randn(70, 100), h, factor(h, 0.01), CODECS[name], round_panel)
+    rounded = round_matrix(torch.randn(70, 100), h, feedback(factor(h, 0.01)), CODECS[name], round_panel)
     assert torch.equal(decode_matrix(pack_codes(rounded.codes, name), name, 70, 100), rounded.values)
 
 
@@ -57,10 +57,10 @@ def test_values_are_what_the_codes_decode_to(name):
 def test_rows_do_not_disturb_each_other_across_tiles(name, rows):
     """Layers that read the same input are rounded stacked; it must be as if each were rounded alone."""
     h = hessian(64, 200)
-    m = factor(h, 0.01)
+    n = feedback(factor(h, 0.01))
     a, b = torch.randn(rows, 64), torch.randn(64, 64) * 5
-    both = round_matrix(torch.cat([a, b]), h, m, CODECS[name], round_panel)
-    alone = round_matrix(a, h, m, CODECS[name], round_panel)
+    both = round_matrix(torch.cat([a, b]), h, n, CODECS[name], round_panel)
+    alone = round_matrix(a, h, n, CODECS[name], round_panel)
     assert torch.equal(both.codes[:1], alone.codes)
     torch.testing.assert_close(both.scale[:rows], alone.scale)
 
@@ -75,7 +75,7 @@ def test_degenerate_hessians_are_handled(kind):
         "dead channel": hessian(n, 200).index_fill_(0, torch.tensor([5]), 0).index_fill_(1, torch.tensor([5]), 0),
     }[kind]
     w = torch.randn(32, n)
-    rounded = round_matrix(w, h, factor(h, 0.01), CODECS["nested-4"], round_panel)
+    rounded = round_matrix(w, h, feedback(factor(h, 0.01)), CODECS["nested-4"], round_panel)
     values = rounded.values * rounded.scale[:, None]
     assert torch.isfinite(values).all()
     assert ((values - w).square().mean() / w.square().mean()) < (0.5 if kind == "rank one" else 0.02)
@@ -85,7 +85,7 @@ def test_a_zero_row_stays_zero():
     w = torch.randn(40, 64)
     w[3] = 0
     h = hessian(64, 200)
-    rounded = round_matrix(w, h, factor(h, 0.01), CODECS["nested-3"], round_panel)
+    rounded = round_matrix(w, h, feedback(factor(h, 0.01)), CODECS["nested-3"], round_panel)
     assert rounded.scale[3] == 0
     assert torch.isfinite(rounded.scale).all()
 
@@ -109,7 +109,7 @@ def test_cuda_rounds_as_well_as_the_cpu():
         losses = []
         for device, panels in (("cpu", round_panel), ("cuda", GraphedPanelRounder())):
             hd, wd = h.to(device), w.to(device)
-            r = round_matrix(wd, hd, factor(hd, 0.01), codec, panels)
+            r = round_matrix(wd, hd, feedback(factor(hd, 0.01)), codec, panels)
             losses.append(objective(wd, r.values * r.scale[:, None], hd).item())
             assert torch.equal(decode_matrix(pack_codes(r.codes, name), name, 96, 192), r.values)
         assert losses[1] == pytest.approx(losses[0], rel=0.02)
