@@ -42,8 +42,7 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     rounding = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
     memory = (_PROCESS if device.type == "cpu" else 0) + rounding + (0 if spill else waiting)
     packed = sum(packed_bytes(codec, *shapes[name]) for name, codec in codecs.items() if name in shapes)
-    stored = sum((source.path / file).stat().st_size for file in set(source.files.values()))
-    rest = max(0, stored - 2 * sum(rows * cols for rows, cols in shapes.values()))  # bf16 that is kept as it is
+    rest = source.bytes_beside(codecs)  # kept as it is
     disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if spill else 0)
     return Needs(int(memory), int(disk), spill)
 

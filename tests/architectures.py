@@ -11,9 +11,9 @@ _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # the least that vLLM has on a CPU
     "max_position_embeddings": 256,
     "bos_token_id": 0,
     "eos_token_id": None,
@@ -96,7 +96,7 @@ ARCHITECTURES = [
         "Gemma4Config",
         "Gemma4ForConditionalGeneration",
         "later layers read keys and values of earlier ones; embeddings of each layer and vision tower in 16 bits",
-        _SHARED | {"hidden_size_per_layer_input": 32, "global_head_dim": 16, "num_global_key_value_heads": 2},
+        _SHARED | {"hidden_size_per_layer_input": 32, "global_head_dim": 32, "num_global_key_value_heads": 1},
         wrap=_multimodal(_VISION | {"num_key_value_heads": 2, "head_dim": 16}, audio_config=None),
     ),
     Architecture(
@@ -104,9 +104,9 @@ ARCHITECTURES = [
         "Gemma4Config",
         "Gemma4ForConditionalGeneration",
         "experts beside an MLP",
-        {"layer_types": _KINDS, "hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0}
+        {"layer_types": _KINDS, "hidden_size_per_layer_input": 0, "global_head_dim": 32, "num_kv_shared_layers": 0}
         | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
-        | {"num_global_key_value_heads": 2},
+        | {"num_global_key_value_heads": 1},
         wrap=_multimodal(None, audio_config=None),
     ),
     Architecture("Phi-3, Phi-4", "Phi3Config", "Phi3ForCausalLM", "q, k, v, and gate and up, as one matrix"),
@@ -119,7 +119,7 @@ ARCHITECTURES = [
         "gpt-oss",
         "GptOssConfig",
         "GptOssForCausalLM",
-        "experts with biases, rows of gate and up in turn; from 16-bit weights, not from MXFP4",
+        "experts with biases, rows of gate and up in turn; from MXFP4 or 16-bit weights",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": _KINDS},
     ),
     Architecture(
@@ -127,7 +127,7 @@ ARCHITECTURES = [
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
         "multi-head latent attention; experts, one of them shared",
-        _ROUTED | _LATENT | {"num_key_value_heads": 4, "n_group": 2},
+        _ROUTED | _LATENT | {"num_key_value_heads": 2, "n_group": 2},
         _HEAD,
     ),
     Architecture("GLM-4", "Glm4Config", "Glm4ForCausalLM"),
