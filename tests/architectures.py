@@ -137,7 +137,7 @@ ARCHITECTURES = [
         "Mamba2Config",
         "Mamba2ForCausalLM",
         "its linear layers",
-        {"num_heads": 8, "state_size": 16, "n_groups": 1},
+        {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
         ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
     ),
     Architecture(
