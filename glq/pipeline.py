@@ -108,7 +108,7 @@ class Result:
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
-    left: dict[str, str] = field(default_factory=dict)  # linear layers that stay as they are, and why
+    left: dict[str, str] = field(default_factory=dict)  # matrices that stay as they are, and why
     findings: dict[str, list[str]] = field(default_factory=dict)  # what could be wrong, by layers' or blocks' names
 
 

@@ -24,6 +24,7 @@ from glq.experts import (
     DenseExperts,
     ExpertLinear,
     is_experts,
+    matrices_of,
     quantizable,
     refuse_other_experts,
     refuse_unknown,
@@ -118,13 +119,16 @@ class SourceModel:
         return {e: module.in_features for n, module in modules if n not in self.left for e in self.entries(n, module)}
 
     def unquantized(self, stored: Collection[str]) -> dict[str, str]:
-        """The linear layers that are not among those stored, and why; by the names of their modules."""
+        """The matrices that are not among those stored, and why; linear layers by the names of their modules."""
         reasons = {}
         for name, module in self.model.named_modules():
+            block = next((b for b in self.blocks if name.startswith(f"{b}.") or name == b), None)
             if isinstance(module, nn.Linear) and self.entries(name, module)[0] not in stored:
-                block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
                 other = "is outside of the decoder blocks" if block is None else why_not(module) or "routes to experts"
                 reasons[name] = self.left.get(name, other)
+            elif block is not None and not isinstance(module, nn.Linear | ExpertLinear):
+                kind = type(module).__name__
+                reasons |= {f"{name}.{key}": f"is a matrix of a {kind}, no linear layer" for key in matrices_of(module)}
         return reasons
 
     def entries(self, name: str, module: nn.Module) -> tuple[str, ...]:
