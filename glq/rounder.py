@@ -36,6 +36,8 @@ from glq.writer import CheckpointWriter
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
 _AT_ONCE = 2**22  # elements of moments that are rotated at once
+_STEP = 64  # rows that are whole tiles of every codec
+_PIECE = 2**26  # weights of one layer that are rounded at once, about
 _FULL = 8192  # rows of which every column keeps all of a GPU busy, about
 
 
@@ -137,7 +139,7 @@ class GroupRounder:
             moments = part.group.moments if index == 0 else part.group.moments.to(device)
             panels, how = self._panels[index], (part.codec, part.seed, self._damping)
             found = findings.of_input(moments)
-            packed, lost = round_layers(there, moments, *how, panels, part.shards, part.alone, found)
+            packed, lost = round_in_pieces(there, moments, *how, panels, part.shards, part.alone, found)
             return packed if index == 0 else [p.to(self.devices[0]) for p in packed], lost, found
 
         return spread.Task(part.size, work)
@@ -178,6 +180,37 @@ def _moved(layer: nn.Linear, device: torch.device) -> nn.Linear:
     moved = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     moved.weight = nn.Parameter(layer.weight.to(device), requires_grad=False)
     return moved
+
+
+def round_in_pieces(
+    layers: list[nn.Linear],
+    moments: Moments,
+    codec: Codec,
+    seed: int,
+    damping: float,
+    panels: PanelRounder,
+    shards: int,
+    overwrite: bool,
+    found: list[str],
+) -> tuple[list[PackedLinear], float]:
+    """As round_layers; a layer of very many rows, such as an lm_head, some rows at a time, which takes less memory."""
+    how = (codec, seed, damping, panels, shards)
+    weight = layers[0].weight
+    if len(layers) > 1 or weight.numel() <= _PIECE:
+        return round_layers(layers, moments, *how, overwrite, found)
+    rows = max(_STEP, _PIECE // weight.shape[1] // _STEP * _STEP)
+    done: list[PackedLinear] = []
+    lost = whole = 0.0
+    for some in weight.split(rows):
+        piece, said = nn.Linear(weight.shape[1], len(some), bias=False, device="meta"), list[str]()
+        piece.weight = nn.Parameter(some, requires_grad=False)
+        (packed,), share = round_layers([piece], moments, *how, found=said)
+        size = energy(some.float(), moments.hessian).item()
+        done, lost, whole = [*done, packed], lost + share * size, whole + size
+        found += [finding for finding in said if finding not in found]
+    codes, scale = torch.cat([p.codes for p in done]), torch.cat([p.scale for p in done])
+    joined = replace(done[0], out_features=len(weight), codes=codes, scale=scale)
+    return [joined], lost / whole if whole > 0 else lost
 
 
 def round_layers(
