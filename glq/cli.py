@@ -125,7 +125,7 @@ def quantize(
         if result.left:
             reasons = Counter(result.left.values())
             _say(
-                f"{len(result.left)} linear layers stay in their own precision: "
+                f"{len(result.left)} matrices stay in their own precision: "
                 + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
                 + ". quantization.json names them"
             )

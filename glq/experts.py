@@ -197,6 +197,12 @@ def quantizable(block: nn.Module) -> Iterator[tuple[str, nn.Linear | ExpertLinea
             yield name, module
 
 
+def matrices_of(module: nn.Module) -> list[str]:
+    """Parameters of a module itself that are as large as a tile: whatever is done with them, glq does not quantize."""
+    own = module.named_parameters(recurse=False)
+    return [key for key, parameter in own if parameter.ndim > 1 and sorted(parameter.shape)[-2] >= _TILE]
+
+
 def why_not(module: nn.Linear) -> str:
     """Why a linear layer of a decoder block cannot be quantized; nothing if it can, unless it routes to experts."""
     if type(module).forward is not nn.Linear.forward:

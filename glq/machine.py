@@ -32,7 +32,6 @@ def describe(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-<<<<<<< HEAD
 @contextmanager
 def tensor_cores() -> Iterator[None]:
     """Products of fp32 matrices on a GPU take TF32 while the context lasts: factors of 11 bits, sums in fp32."""
@@ -44,7 +43,8 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         setattr(matmul, key, before)
-=======
+
+
 def likeness(device: torch.device) -> dict[str, str]:
     """What makes another machine compute the same to the last bit, the number of threads aside."""
     if device.type == "cuda":
@@ -61,7 +61,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
->>>>>>> faults
 
 
 def peak_memory() -> int:

@@ -109,7 +109,7 @@ class Result:
     errors: dict[str, float]  # share of each layer's output energy that rounding lost, on the calibration text
     tuned: tuple[float, float] | None = None  # KL on held-out text before and after tuning
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
-    left: dict[str, str] = field(default_factory=dict)  # linear layers that stay as they are, and why
+    left: dict[str, str] = field(default_factory=dict)  # matrices that stay as they are, and why
     findings: dict[str, list[str]] = field(default_factory=dict)  # what could be wrong, by layers' or blocks' names
 
 
@@ -141,16 +141,10 @@ def round_model(
     tokens = _calibration_windows(source, text, settings, where)
     settings = replace(settings, tokens=tokens.numel())
     release_memory()  # what the tokenizer took
-<<<<<<< HEAD
-    with CheckpointWriter(Path(out), _record(source, settings, text, where, plan), restart) as writer:
-        rounder = GroupRounder(writer, shared, settings.seed, settings.damping)
-        _round(source, tokens, settings, where, rounder, progress, away)
-=======
     record = _record(source, settings, text, where, plan)
     with workers_of(shared, ray) as workers, CheckpointWriter(Path(out), record, restart) as writer:
         rounder = GroupRounder(writer, workers, settings.seed, settings.damping)
-        _round(source, tokens, settings, where, rounder, progress, Spill(writer.folder if spill else None))
->>>>>>> faults
+        _round(source, tokens, settings, where, rounder, progress, away)
         stored = rounder.stored
         _write_rest(source, writer, set(stored))
         bits = 8 * sum(s.nbytes for s in stored.values()) / sum(s.module.weights for s in stored.values())

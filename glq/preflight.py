@@ -43,8 +43,7 @@ def needs(source: SourceModel, codecs: dict[str, str], tokens: int, device: torc
     memory = max(4 * (_SQUARES * cols * cols + _COPIES * rows * cols) for rows, cols in shapes.values())
     memory += 2 * 4 * block if on_gpu else int(_PROCESS)
     packed = sum(packed_bytes(codec, *shapes[name]) for name, codec in codecs.items() if name in shapes)
-    stored = sum((source.path / file).stat().st_size for file in set(source.files.values()))
-    rest = max(0, stored - 2 * sum(rows * cols for rows, cols in shapes.values()))  # bf16 that is kept as it is
+    rest = source.bytes_beside(codecs)  # kept as it is
     disk = packed + rest + min(packed + rest, 2**30) + 2 * states + (2 * waiting if away and not on_gpu else 0)
     return Needs(memory + (0 if away else waiting), int(disk), states if on_gpu and away else 0, away)
 

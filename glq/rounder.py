@@ -33,6 +33,8 @@ from glq.writer import CheckpointWriter
 
 HALF_STEP = 0.5  # of the way from the weights to those that fit the reference's outputs best
 _AT_ONCE = 2**22  # elements of moments that are rotated at once
+_STEP = 64  # rows that are whole tiles of every codec
+_PIECE = 2**26  # weights of one layer that are rounded at once, about
 _FULL = 8192  # rows of which every column keeps all of a GPU busy, about
 
 
@@ -89,7 +91,7 @@ class Matrix:
 
     def round(self, panels: PanelRounder) -> "Outcome":
         found, how = findings.of_input(self.moments), (get_codec(self.codec), self.seed, self.damping)
-        packed, lost = round_layers(self.layers, self.moments, *how, panels, self.shards, self.alone, found)
+        packed, lost = round_in_pieces(self.layers, self.moments, *how, panels, self.shards, self.alone, found)
         return Outcome(packed, lost, found)
 
 
@@ -202,6 +204,36 @@ def linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
+
+
+def round_in_pieces(
+    layers: list[nn.Linear],
+    moments: Moments,
+    codec: Codec,
+    seed: int,
+    damping: float,
+    panels: PanelRounder,
+    shards: int,
+    overwrite: bool,
+    found: list[str],
+) -> tuple[list[PackedLinear], float]:
+    """As round_layers; a layer of very many rows, such as an lm_head, some rows at a time, which takes less memory."""
+    how = (codec, seed, damping, panels, shards)
+    weight = layers[0].weight
+    if len(layers) > 1 or weight.numel() <= _PIECE:
+        return round_layers(layers, moments, *how, overwrite, found)
+    rows = max(_STEP, _PIECE // weight.shape[1] // _STEP * _STEP)
+    done: list[PackedLinear] = []
+    lost = whole = 0.0
+    for some in weight.split(rows):
+        said = list[str]()
+        (packed,), share = round_layers([linear(some)], moments, *how, found=said)
+        size = energy(some.float(), moments.hessian).item()
+        done, lost, whole = [*done, packed], lost + share * size, whole + size
+        found += [finding for finding in said if finding not in found]
+    codes, scale = torch.cat([p.codes for p in done]), torch.cat([p.scale for p in done])
+    joined = replace(done[0], out_features=len(weight), codes=codes, scale=scale)
+    return [joined], lost / whole if whole > 0 else lost
 
 
 def round_layers(

@@ -18,17 +18,19 @@ from transformers import (
     PreTrainedModel,
 )
 
+from glq import mxfp4
 from glq.errors import GlqError
 from glq.experts import (
     DenseExperts,
     ExpertLinear,
     is_experts,
+    matrices_of,
     quantizable,
     refuse_other_experts,
     refuse_unknown,
     why_not,
 )
-from glq.files import read_index, read_json
+from glq.files import read_index, read_json, tensor_shapes
 from glq.naming import Naming, Origin
 from glq.rounding import all_finite
 
@@ -44,7 +46,9 @@ class SourceModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path)
-        self.files = read_index(path)  # tensor name -> file name
+        self._stored = read_index(path)  # tensor name -> file name
+        self._packed = mxfp4.find_packed(self._stored) if _quant_method(path) == mxfp4.METHOD else {}
+        self.files = self._unpacked_names()  # the same, with parameters in the place of what they are packed in
         try:
             with init_empty_weights():
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
@@ -74,14 +78,24 @@ class SourceModel:
 
     def _read_all(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors of the files, each file opened once: experts are many."""
+        parts = {name: self._packed.get(name, (name,)) for name in names}
+        stored = [part for of_one in parts.values() for part in of_one]
         found: dict[str, Tensor] = {}
-        for file in sorted({self.files[name] for name in names}):
+        for file in sorted({self._stored[name] for name in stored}):
             try:
                 with safe_open(self.path / file, "pt") as f:
-                    found |= {name: f.get_tensor(name) for name in names if self.files[name] == file}
+                    found |= {name: f.get_tensor(name) for name in stored if self._stored[name] == file}
             except (SafetensorError, OSError) as error:
                 raise GlqError(f"{self.path / file} is damaged ({error}): download the model again") from error
+        for name in self._packed.keys() & parts.keys():
+            blocks, scales = self._packed[name]
+            found[name] = mxfp4.decode(name, found.pop(blocks), found.pop(scales))
         return found
+
+    def _unpacked_names(self) -> dict[str, str]:
+        hidden = {part for parts in self._packed.values() for part in parts}
+        files = {name: file for name, file in self._stored.items() if name not in hidden}
+        return files | {name: self._stored[blocks] for name, (blocks, _) in self._packed.items()}
 
     @property
     def embeddings(self) -> str:
@@ -105,13 +119,16 @@ class SourceModel:
         return {e: module.in_features for n, module in modules if n not in self.left for e in self.entries(n, module)}
 
     def unquantized(self, stored: Collection[str]) -> dict[str, str]:
-        """The linear layers that are not among those stored, and why; by the names of their modules."""
+        """The matrices that are not among those stored, and why; linear layers by the names of their modules."""
         reasons = {}
         for name, module in self.model.named_modules():
+            block = next((b for b in self.blocks if name.startswith(f"{b}.") or name == b), None)
             if isinstance(module, nn.Linear) and self.entries(name, module)[0] not in stored:
-                block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
                 other = "is outside of the decoder blocks" if block is None else why_not(module) or "routes to experts"
                 reasons[name] = self.left.get(name, other)
+            elif block is not None and not isinstance(module, nn.Linear | ExpertLinear):
+                kind = type(module).__name__
+                reasons |= {f"{name}.{key}": f"is a matrix of a {kind}, no linear layer" for key in matrices_of(module)}
         return reasons
 
     def entries(self, name: str, module: nn.Module) -> tuple[str, ...]:
@@ -126,6 +143,12 @@ class SourceModel:
         owners = {entry: name for name, module in linears for entry in self.entries(name, module)}
         names = (self.stored_name(f"{owners.get(entry, entry)}.weight") for entry in entries)
         return {key for name in names for key in self._origin(name).names}
+
+    def bytes_beside(self, entries: Iterable[str]) -> int:
+        """What the files hold beside the weights of these layers."""
+        replaced = {part for name in self.files_of(entries) for part in self._packed.get(name, (name,))}
+        headers = tensor_shapes(self.path, self._stored)
+        return sum(nbytes for name, (_, _, nbytes) in headers.items() if name not in replaced)
 
     @cached_property
     def row_parallel(self) -> frozenset[str]:
@@ -273,18 +296,35 @@ class SourceModel:
 
 
 def _read_config(path: Path) -> PretrainedConfig:
+    """The config, as that of a model in 16 bits. GlqError for one that is quantized, but to MXFP4."""
+    method = _quant_method(path)
+    if method not in (None, mxfp4.METHOD):
+        raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    if method is not None:
+        del config.quantization_config
+    return config
+
+
+def _quant_method(path: Path) -> Any:
+    """What config.json says of how the model is quantized; None if it is not."""
     file = path / "config.json"
     if not file.is_file():
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
         quantization = read_json(file).get("quantization_config")
-        if quantization is None:
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise GlqError(f"{file} is not a config that transformers reads: {first}") from error
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    raise GlqError(f"{path} is quantized already (quant_method {method!r}): give the original model")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    return quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+
+
+def _unreadable(path: Path, error: Exception) -> GlqError:
+    return GlqError(
+        f"{path / 'config.json'} is not a config that transformers reads: {str(error).strip().splitlines()[0]}"
+    )
 
 
 def _find_blocks(model: nn.Module, model_type: str) -> list[str]:

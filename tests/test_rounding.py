@@ -113,3 +113,22 @@ def test_cuda_rounds_as_well_as_the_cpu():
             losses.append(objective(wd, r.values * r.scale[:, None], hd).item())
             assert torch.equal(decode_matrix(pack_codes(r.codes, name), name, 96, 192), r.values)
         assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("codec", ["nested-4", "trellis-2"])
+def test_a_layer_in_pieces_of_its_rows_is_the_same(codec, monkeypatch):
+    from glq import rounder
+    from glq.moments import Moments
+
+    x = torch.randn(300, 64) * torch.linspace(0.1, 3, 64)
+    moments = Moments(x.T @ x / 300, torch.zeros(64, 64))
+    layer = torch.nn.Linear(64, 150, bias=False).requires_grad_(False)
+    how = (CODECS[codec], 0, 0.1, rounder.round_panel, 1, False)
+    (whole,), lost = rounder.round_in_pieces([layer], moments, *how, found := [])
+    monkeypatch.setattr(rounder, "_PIECE", 64 * 64)
+    (joined,), loses = rounder.round_in_pieces([layer], moments, *how, found)
+    for name in ("codes", "scale", "signs"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+    assert (joined.out_features, joined.in_features, joined.block) == (150, 64, whole.block)
+    assert loses == pytest.approx(lost, rel=1e-3)
+    assert not found

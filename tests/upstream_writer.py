@@ -221,11 +221,11 @@ def with_weights(model, weights):
     return model.eval()
 
 
-def moe():
+def moe(**changes):
     sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 3, "head_dim": 32}
     more = {"vocab_size": 120, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     rest = {"num_experts_per_tok": 2, "tie_word_embeddings": True, "dtype": "float32", "initializer_range": 0.2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more, **rest)).float()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | more | rest | changes)).float()
 
 
 def write_moe(path: Path, writer: Writer, joint: bool):

@@ -13,12 +13,14 @@ before any work (`glq/discovery.py`), and what glq cannot quantize is refused th
 Linear layers of decoder blocks and experts are quantized. What stays in 16 bits is named in `quantization.json` (`left`, with the reason), and `glq
 quantize` says how many they are: whatever is outside of decoder blocks (vision towers, projectors, embeddings of each layer; embeddings and lm_head
 unless `--embeddings` and `--head` are given), routers, layers that run more than once in a pass or whose weight is used in another way, and layers so small
-that their tiles would be mostly padding. Refused are experts that are neither transformers' 3-D parameters nor layers that read all tokens.
+that their tiles would be mostly padding. Matrices of blocks that are no linear layers stay, too. Refused are experts that are neither transformers' 3-D
+parameters nor layers that read all tokens.
 
-Each of these is quantized in the tests, small and random, saved, loaded, and compared with the model that was in memory:
+Each of these is quantized in the tests, small and random, saved, loaded, and compared with the model that was in memory. Those marked with ✓ are served by
+real vLLM 0.32.0 on a CPU, too, and give transformers' tokens and log-probs there (tests/test_vllm_architectures.py; of models that see, the text alone):
 
-| model | class in transformers | |
-|---|---|---|
+| model | class in transformers | | vLLM |
+|---|---|---|---|
 """
 
 
@@ -28,7 +30,7 @@ def page() -> str:
         sys.path.insert(0, str(ROOT / "tests"))
     from architectures import ARCHITECTURES
 
-    return HEAD + "".join(f"| {a.name} | `{a.model}` | {a.special} |\n" for a in ARCHITECTURES)
+    return HEAD + "".join(f"| {a.name} | `{a.model}` | {a.special} | {a.vllm or '✓'} |\n" for a in ARCHITECTURES)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,16 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def find_places(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], list[Any]]:
     """Where in a model each quantized module of the files is, and the renamings that this takes beside its own.
 
-    GlqError if one has no place.
+    What the model's class ignores has no place: Gemma's later layers once had projections that nothing read. GlqError
+    for anything else without one.
     """
     conversions: list[Any] = []
     naming = Naming(model)
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {name: _place(model, naming, name) for name in names}
+    for name in [name for name, place in places.items() if place is None]:
+        if any(pattern.search(name) for pattern in ignored):
+            del places[name]
     if lost := [name for name, place in places.items() if place is None]:
         conversions = [_renaming(model, naming, max(lost, key=lambda name: name.count(".")))]
         naming = Naming(model, conversions)

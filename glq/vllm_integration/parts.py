@@ -92,6 +92,8 @@ def cut(modules: Mapping[str, ModuleConfig], rows: Sequence[int], columns: int, 
     module, shards = modules[name], modules[name].out_features // sum(rows)
     if shards not in (1, rank.size) or module.out_features != shards * sum(rows):
         raise GlqError(f"{name}: its {module.out_features} rows cannot be cut to {rank.size} ranks: use fewer")
+    if rank.size == 1:  # nothing is cut, wherever outputs begin
+        return (_part(name, module, module.out_features, columns, rank),)
     starts = [shards * start for start in accumulate(rows, initial=0)]
     outputs = [ModuleConfig(module.codec, module.in_features, shards * n, module.block) for n in rows]
     return tuple(
