@@ -11,6 +11,7 @@ from importlib.metadata import version as installed
 import torch
 
 from glq import nvrtc
+from glq.errors import how_to_install
 from glq.gpus import evidence
 from glq.ops.matmul import has_cuda_kernel, has_triton_kernel
 
@@ -119,7 +120,7 @@ def _triton(codec: str, codecs: str, device: torch.device, why_no_cuda: str) -> 
 
 def _why_no_cuda(device: torch.device) -> str:
     if not nvrtc.available():
-        return "cuda-core or platformdirs is not installed: pip install 'glq[cuda]'"
+        return f"cuda-core or platformdirs is not installed: {how_to_install('cuda')}"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor} is older than sm_80" if major < 8 else "CUDA C++ does not work here"
 

@@ -193,7 +193,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda q: q.update(format_version=3), "has format version 3, .* reads 2: pip install -U glq"),
+        (lambda q: q.update(format_version=3), "has format version 3, .* reads 2: install a newer one"),
         (lambda q: q.update(format_version=1), "has format version 1, .* quantize the model again"),
         (lambda q: q.update(format_version="1"), "format_version must be an integer"),
         (lambda q: q.pop("format_version"), "format_version must be an integer of at least 1, found None"),

@@ -97,7 +97,7 @@ def test_serve_needs_vllm_and_says_how_to_get_it(tiny_checkpoint, tmp_path, monk
     monkeypatch.setattr(talk, "find_spec", lambda name: None)
     result = runner.invoke(app, ["serve", str(tiny_checkpoint)])
     assert result.exit_code == 2
-    assert "pip install 'glq[vllm]'" in result.stderr
+    assert "pip install '.[vllm]' in a clone" in result.stderr
     assert result.stderr.count("\n") <= 2
     result = runner.invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 2

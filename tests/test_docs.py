@@ -75,6 +75,12 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
+def test_nobody_is_sent_to_the_other_glq_on_pypi():
+    said = [*PAGES, *(ROOT / "glq").rglob("*.py"), *(ROOT / "glq").rglob("*.j2")]
+    found = [f.name for f in said if re.search(r"pip install (-U )?'?glq\b", f.read_text(encoding="utf-8"))]
+    assert found in ([], ["decisions.md"])  # which tells of a mistake in such a line
+
+
 def test_every_page_is_in_the_site():
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):

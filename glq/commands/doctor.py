@@ -53,7 +53,7 @@ def _describe(system: dict[str, str], packages: list[dict[str, str]], devices: l
     for name, value in system.items():
         table.add_row(name, value, "")
     for p in packages:
-        missing = "not installed" + (f": pip install 'glq\\[{p['extra']}]'" if p["extra"] else "")
+        missing = "not installed" + (f": \\[{p['extra']}] brings it" if p["extra"] else "")
         table.add_row(p["name"], p["found"] or missing, p["tested"])
     out.print(table)
     for d in devices:

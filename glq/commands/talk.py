@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glq.commands.console import plain_errors, say
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 
 if TYPE_CHECKING:
     from glq.chat import Chat
@@ -86,7 +86,7 @@ def serve(
         command = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
         if command is None or find_spec("vllm") is None:
             raise GlqError(
-                "serving needs vLLM, which is not installed here: pip install 'glq[vllm]', or docs/serving.md for "
-                f"an image. Without it: glq chat {model}"
+                f"serving needs vLLM, which is not installed here: {how_to_install('vllm')}, or docs/serving.md for an "
+                f"image. Without it: glq chat {model}"
             )
         os.execv(command, [command, "serve", str(model), *context.args])
