@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,23 @@ def test_python_blocks_run(page, tiny_model, tiny_checkpoint, text_file, tmp_pat
         exec(compile(block, page, "exec"), space)  # the block of the page, nothing of a stranger's
     assert (tmp_path / "out" / "report.html").is_file()
     assert space["quantized"].kl > 0
+
+
+def test_the_first_commands_of_the_readme_lead_to_a_chat(tiny_model, tmp_path, monkeypatch):
+    """Of its first 30 lines, those of glq, with a tiny model for the fetched one and little text."""
+    monkeypatch.chdir(tmp_path)
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30]).partition("## Your own")[0]
+    assert "pip install" in first
+    assert "python tools/fetch_model.py smollm2 " in first
+    shutil.copytree(tiny_model, "smollm2")
+    lines = re.findall(r"^ {4}(glq .+?)(?: {2,}#.*)?$", first, re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["doctor", "quantize", "eval", "chat"]
+    for line in lines:
+        name, *arguments = shlex.split(line)[1:]
+        little = ["--tokens", "256", "--ctx", "64"] if name in ("quantize", "eval") else []
+        result = runner.invoke(app, [name, *arguments, *little, "--device", "cpu"], input="w1\n/quit\n")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_links_lead_somewhere():
