@@ -79,3 +79,21 @@ def test_a_plan_is_made_once_and_allocated_again_for_another_rate(tiny_model, te
     run("quantize", tiny_model, out, "--plan", second, *options)
     assert glq.inspect(out).config.modules[after["groups"][0]["layers"][0]].codec == after["groups"][0]["codec"]
     assert json.loads((out / "glq_plan.json").read_text()) == after
+
+
+def test_a_log_has_a_line_now_and_then_with_the_time_that_is_left(capfd, monkeypatch):
+    from rich.console import Console
+
+    from glq.commands import console
+
+    monkeypatch.setattr(console, "err", Console(stderr=True))
+    now = [0.0]
+    plain = console.Plain(lambda: now[0])
+    for done in range(8, 121):  # eight by a run before; 40 s each
+        plain.update("rounding", done, 120)
+        now[0] += 40
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "rounding 10/120, 1:13:20 left"
+    assert lines[-1] == "rounding 120/120, 0:00:00 left"
+    assert 50 < len(lines) < 80
+    assert console.time_left(290, 0, 113) == "-:--:--"
