@@ -186,7 +186,7 @@ def generate(
 
         from glq.hf_integration import load
         from glq.hub import load_tokenizer, resolve
-        from glq.kv.cache import GlqCache
+        from glq.kv.cache import GlqCache, cache_keyword
         from glq.kv.codec import kv_codec
 
         if kv_bits is not None:
@@ -201,8 +201,8 @@ def generate(
             )
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-        cache = None if kv_bits is None else GlqCache(kv_bits, config=loaded.config)
-        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, past_key_values=cache)
+        cache = {} if kv_bits is None else {cache_keyword(loaded): GlqCache(kv_bits, config=loaded.config)}
+        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, **cache)
 
 
 @app.command()

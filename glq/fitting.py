@@ -47,6 +47,10 @@ class Fit:
     def fits(self, footprint: Footprint) -> bool:
         return footprint.total <= self.usable
 
+    @property
+    def original_fits(self) -> bool:
+        return self.fits(self.plain)
+
     def settings(self, settings: Settings) -> Settings:
         """With the rates of `best`."""
         outside = self.best.outside

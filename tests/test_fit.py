@@ -159,3 +159,9 @@ def test_commands_say_what_fits_and_do_it(tiny_model, tmp_path, monkeypatch):
     nothing = runner.invoke(app, ["plan", str(tiny_model)])
     assert nothing.exit_code == 2
     assert "--fit 12GB" in nothing.stderr
+
+
+def test_it_is_said_when_the_original_fits(tiny_model):
+    result = runner.invoke(app, ["plan", str(tiny_model), "--fit", "1GB", "--context", "64"])
+    assert result.exit_code == 0, result.output
+    assert "the original fits as it is" in result.output

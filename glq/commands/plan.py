@@ -81,7 +81,7 @@ def choose(model: str, memory: str, context: int, kv_bits: int | None, *given: o
 
 def show_fit(fitted: "Fit") -> None:
     """Every rate with its bytes, and what to run."""
-    table = Table("bits", "embeddings, head", "weights", "KV cache", "activations", "together", "")
+    table = Table("bits", "embeddings, head", "weights, GB", "KV cache", "activations", "together, GB", "")
 
     def add(bits: str, outside: int | None, part: "Footprint", chosen: bool) -> None:
         figures = [f"{n / 1e9:.3f}" for n in (part.weights, part.kv, part.activations, part.total)]
@@ -99,6 +99,10 @@ def show_fit(fitted: "Fit") -> None:
         f"GB for {fitted.context:,} tokens of one sequence, {cache} cache; {fitted.memory / 1e9:.2f} GB less 5% "
         "for CUDA itself"
     )
+    if fitted.original_fits:
+        small = fitted.best.footprint.total < fitted.plain.total
+        gain = "quantizing makes it smaller still:" if small else "and is smaller than what quantizing makes of it:"
+        say(f"the original fits as it is, {gain}")
     say(fitted.command())
     if fitted.kv_bits is not None:
         say(f"glq generate OUT PROMPT --kv-bits {fitted.kv_bits}")
