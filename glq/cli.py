@@ -5,10 +5,11 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from glq import __version__
 from glq.commands import doctor, evaluate, plan, publish, talk
@@ -19,9 +20,31 @@ from glq.commands.console import say as _say
 from glq.commands.plan import Context, KvBits, Memory, choose, show_fit
 from glq.errors import GlqError
 
-app = typer.Typer(
-    help="Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice.", no_args_is_help=True
-)
+
+class _ByUse(TyperGroup):
+    """Commands in the order in which one needs them."""
+
+    ORDER = ("doctor", "plan", "quantize", "info", "eval", "compare", "chat", "generate", "serve", "push", "tune")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*self.ORDER, *(name for name in super().list_commands(ctx) if name not in self.ORDER)]
+
+
+app = typer.Typer(cls=_ByUse, no_args_is_help=True, rich_markup_mode=None)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice."""
+
 
 _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")]
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]

@@ -109,9 +109,17 @@ def test_every_page_is_in_the_site():
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_a_screen(name):
-    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "100", "LINES": "50"})
+    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "80", "LINES": "50"})
     assert result.exit_code == 0
     assert result.output.count("\n") <= 50, result.output
+
+
+def test_the_version_and_a_number_that_is_none_take_little_room():
+    assert runner.invoke(app, ["--version"]).output.split() == [glq.__version__]
+    result = runner.invoke(app, ["quantize", "a", "b", "--bits", "three"])
+    assert result.exit_code == 2
+    assert "--bits" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 4
 
 
 def test_help_starts_without_what_takes_long():

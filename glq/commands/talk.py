@@ -78,7 +78,7 @@ def serve(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="checkpoint directory")],
 ) -> None:
-    """Serve a checkpoint with vLLM's OpenAI server; what follows DIR is passed on: glq serve out --port 8001."""
+    """Serve a checkpoint with vLLM's OpenAI server; what follows MODEL is passed on: glq serve out --port 8001."""
     with plain_errors():
         from glq.checkpoint import read_config
 
