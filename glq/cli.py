@@ -12,6 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from glq import __version__
+from glq.arguments import parse_bytes, refuse_existing, refuse_no_model, refuse_no_text
 from glq.commands import doctor, evaluate, plan, publish, talk
 from glq.commands.console import out as _out
 from glq.commands.console import plain_errors as _plain_errors
@@ -93,7 +94,19 @@ def quantize(
     log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
 ) -> None:
     """Quantize a model's decoder layers. The same command goes on where an earlier one was stopped."""
-    with _plain_errors():
+
+    def check() -> None:
+        refuse_no_model(model)
+        refuse_existing(out)
+        refuse_no_text(calibration)
+        if fit is not None:
+            parse_bytes(fit)
+        if bits is not None and not 1.5 <= bits <= 4:
+            raise GlqError(f"bits must lie between 1.5 and 4, found {bits:g}")
+        if wrong := [entry for entry in layer or () if "=" not in entry]:
+            raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
+
+    with _plain_errors(check):
         from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
         from glq.pipeline import Settings
@@ -101,8 +114,6 @@ def quantize(
         from glq.tuning import TuneSettings
 
         keep_large_tensors_off_the_heap()
-        if wrong := [entry for entry in layer or () if "=" not in entry]:
-            raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
         if fit is not None:
             named = None if codec == "auto" else codec
             fitted = choose(model, fit, context, kv_bits, bits, plan, embeddings, head, named)
@@ -144,12 +155,7 @@ def quantize(
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
         if result.left:
-            reasons = Counter(result.left.values())
-            _say(
-                f"{len(result.left)} linear layers stay in their own precision: "
-                + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
-                + ". quantization.json names them"
-            )
+            _say(_left(result.left))
         for name, found in list(result.findings.items())[:5]:
             _say(f"{name}: {'; '.join(found)}")
         if len(result.findings) > 5:
@@ -161,6 +167,7 @@ def quantize(
                 "were rounded for what their layer reads on average more than for their own. --tokens takes more; "
                 "quantization.json has all counts"
             )
+        _say(f"{out / 'report.html'}: for your browser. Next: glq eval {out} --reference {model}; glq chat {out}")
 
 
 @app.command("tune")
@@ -274,7 +281,7 @@ def info(
         _out.print(
             f"quantized: {summary.quantized_bytes:,} bytes × 8 ÷ {summary.quantized_weights:,} weights = "
             f"{summary.bits:.4f} bits; other tensors: {summary.other_bytes:,} bytes; "
-            f"files: {summary.file_bytes:,} bytes",
+            f"files: {summary.file_bytes:,} bytes, all of them checked",
             highlight=False,
             soft_wrap=True,
         )
@@ -310,6 +317,15 @@ app.command("compare")(publish.compare)
 app.command("push")(publish.push)
 app.command("chat")(talk.chat)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(talk.serve)
+
+
+def _left(layers: dict[str, str]) -> str:
+    """Which linear layers were not quantized: each by its name if they are few."""
+    if len(layers) <= 3:
+        return "in their own precision stay: " + "; ".join(f"{name}, which {why}" for name, why in layers.items())
+    reasons = Counter(layers.values()).most_common()
+    counts = "; ".join(f"{count}, each of which {reason}" for reason, count in reasons)
+    return f"{len(layers)} linear layers stay in their own precision: {counts}. quantization.json names them"
 
 
 def _info_upstream(model: Path, as_json: bool) -> None:

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import glq.hf_integration  # noqa: F401
 from glq import GlqCache, GlqError, Settings, footprint, quantize
+from glq.arguments import parse_bytes
 from glq.cli import app
-from glq.fitting import Option, _best, fit, parse_bytes
+from glq.fitting import Option, _best, fit
 from glq.footprint import Footprint, Rates, _Tally, context_bytes, weight_bytes
 from glq.packed import PACKED_DTYPES, packed_shapes
 from glq.pipeline import Result

@@ -32,12 +32,13 @@ out = Console()
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """A GlqError is the user's to mend: its text, exit code 2, no traceback."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # ours is the only one
+def plain_errors(check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A GlqError is the user's to mend: its text, exit code 2, no traceback. check: done before long imports."""
     try:
+        check()
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # ours is the only one
         yield
     except GlqError as error:
         err.print(f"[red]glq:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
