@@ -72,7 +72,7 @@ def test_the_terminal(tiny_checkpoint):
     assert result.exit_code == 0, result.output
     assert "no chat template" in result.output
     assert "forgotten" in result.output
-    assert "commands are /reset and /quit" in result.output
+    assert "/quit or Ctrl-D ends" in result.output
     assert len([word for word in result.output.split() if word[1:].isdigit()]) >= 3
 
 
@@ -91,6 +91,15 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(capsys):
     talk._answer(chat, "w1")
     assert chat.stopped
     assert capsys.readouterr().out == "some …\n"
+
+
+def test_ctrl_c_at_the_prompt_asks_once(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    talk._loop(None)
+    assert capsys.readouterr().out.count("Ctrl-C again") == 1
 
 
 def test_serve_needs_vllm_and_says_how_to_get_it(tiny_checkpoint, tmp_path, monkeypatch):

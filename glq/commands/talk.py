@@ -43,19 +43,29 @@ def chat(
 
 
 def _loop(talk: "Chat") -> None:
+    asked = False  # whether Ctrl-C is to end it, too
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             say("")
             return
+        except KeyboardInterrupt:  # meant for an answer that had just ended, maybe
+            say("" if asked else "\nCtrl-C again, Ctrl-D or /quit ends")
+            if asked:
+                return
+            asked = True
+            continue
+        asked = False
+        if not sys.stdin.isatty():
+            say(text)  # what is piped in has no echo
         if text in ("/quit", "/exit"):
             return
         if text == "/reset":
             talk.reset()
             say("forgotten")
         elif text.startswith("/"):
-            say("commands are /reset and /quit")
+            say("/reset forgets what was said; /quit or Ctrl-D ends; Ctrl-C stops an answer")
         elif text:
             _answer(talk, text)
 
