@@ -9,7 +9,7 @@
 from importlib import import_module
 from typing import Any
 
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,4 +46,4 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"glq.{name} needs {error.name}: pip install 'glq[hf]'") from error
+        raise ImportError(f"glq.{name} needs {error.name}: {how_to_install('hf')}") from error

@@ -8,7 +8,9 @@ def main() -> None:
     try:
         from glq.cli import app
     except ImportError as error:
-        sys.exit(f"glq: the command line needs {error.name}: pip install 'glq[hf]'")
+        from glq.errors import how_to_install
+
+        sys.exit(f"glq: the command line needs {error.name}: {how_to_install('hf')}")
     app()
 
 

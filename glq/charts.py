@@ -90,9 +90,8 @@ def _axes(ys: list[tuple[float, str]], xs: list[tuple[float, str]], x_label: str
     parts += [f'<text class="tick" x="{x:.1f}" y="{bottom + 16}">{text}</text>' for x, text in xs]
     middle = (_TOP + bottom) / 2
     parts.append(f'<text class="axis" x="{(_LEFT + right) / 2:.0f}" y="{HEIGHT - 6}">{escape(x_label)}</text>')
-    parts.append(
-        f'<text class="axis" x="12" y="{middle:.0f}" transform="rotate(-90 12 {middle:.0f})">{escape(y_label)}</text>'
-    )
+    turned = f'x="12" y="{middle:.0f}" transform="rotate(-90 12 {middle:.0f})"'
+    parts.append(f'<text class="axis up" {turned}>{escape(y_label)}</text>')
     return "".join(parts)
 
 

@@ -13,7 +13,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from glq.kv.cache import GlqCache
+from glq.kv.cache import GlqCache, cache_keyword
 
 
 class Chat:
@@ -59,7 +59,7 @@ class Chat:
         if self._temperature > 0:
             arguments["temperature"] = self._temperature
         if self._kv_bits is not None:
-            arguments["past_key_values"] = GlqCache(self._kv_bits, config=self._model.config)
+            arguments[cache_keyword(self._model)] = GlqCache(self._kv_bits, config=self._model.config)
 
         def write() -> None:
             try:

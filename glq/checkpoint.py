@@ -15,12 +15,6 @@ DIGESTS = "glq_sha256.json"  # of the weight files, so that damage is found wher
 _SAFETENSORS = {"torch.uint8": "U8", "torch.float16": "F16"}
 
 
-def refuse_existing(out: Path) -> None:
-    """GlqError if `out` is anything but an empty directory or nothing."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise GlqError(f"{out} exists and is not an empty directory: nothing is overwritten, name another one")
-
-
 @dataclass(frozen=True)
 class Summary:
     """Sizes of a checkpoint, counted from its files."""

@@ -5,12 +5,14 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from glq import __version__
+from glq.arguments import parse_bytes, refuse_existing, refuse_no_model, refuse_no_text
 from glq.commands import doctor, evaluate, plan, publish, talk
 from glq.commands.console import out as _out
 from glq.commands.console import plain_errors as _plain_errors
@@ -19,9 +21,31 @@ from glq.commands.console import say as _say
 from glq.commands.plan import Context, KvBits, Memory, choose, show_fit
 from glq.errors import GlqError
 
-app = typer.Typer(
-    help="Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice.", no_args_is_help=True
-)
+
+class _ByUse(TyperGroup):
+    """Commands in the order in which one needs them."""
+
+    ORDER = ("doctor", "plan", "quantize", "info", "eval", "compare", "chat", "generate", "serve", "push", "tune")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*self.ORDER, *(name for name in super().list_commands(ctx) if name not in self.ORDER)]
+
+
+app = typer.Typer(cls=_ByUse, no_args_is_help=True, rich_markup_mode=None)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Make a language model's layers 4–8 times smaller with trellis codes and the E8 lattice."""
+
 
 _Model = Annotated[str, typer.Argument(help="local model directory, or Hugging Face name")]
 _Out = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
@@ -71,7 +95,19 @@ def quantize(
     log_json: Annotated[Path | None, typer.Option(help="append a line of JSON for each step")] = None,
 ) -> None:
     """Quantize a model's decoder layers. The same command goes on where an earlier one was stopped."""
-    with _plain_errors():
+
+    def check() -> None:
+        refuse_no_model(model)
+        refuse_existing(out)
+        refuse_no_text(calibration)
+        if fit is not None:
+            parse_bytes(fit)
+        if bits is not None and not 1.5 <= bits <= 4:
+            raise GlqError(f"bits must lie between 1.5 and 4, found {bits:g}")
+        if wrong := [entry for entry in layer or () if "=" not in entry]:
+            raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
+
+    with _plain_errors(check):
         from glq.allocation import Plan
         from glq.machine import keep_large_tensors_off_the_heap
         from glq.pipeline import Settings
@@ -79,8 +115,6 @@ def quantize(
         from glq.tuning import TuneSettings
 
         keep_large_tensors_off_the_heap()
-        if wrong := [entry for entry in layer or () if "=" not in entry]:
-            raise GlqError(f"--layer takes PATTERN=CODEC, like '*.v_proj=nested-4', found {wrong[0]!r}")
         if fit is not None:
             named = None if codec == "auto" else codec
             fitted = choose(model, fit, context, kv_bits, bits, plan, embeddings, head, named)
@@ -123,12 +157,7 @@ def quantize(
             f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
         if result.left:
-            reasons = Counter(result.left.values())
-            _say(
-                f"{len(result.left)} matrices stay in their own precision: "
-                + "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
-                + ". quantization.json names them"
-            )
+            _say(_left(result.left))
         for name, found in list(result.findings.items())[:5]:
             _say(f"{name}: {'; '.join(found)}")
         if len(result.findings) > 5:
@@ -140,6 +169,7 @@ def quantize(
                 "were rounded for what their layer reads on average more than for their own. --tokens takes more; "
                 "quantization.json has all counts"
             )
+        _say(f"{out / 'report.html'}: for your browser. Next: glq eval {out} --reference {model}; glq chat {out}")
 
 
 @app.command("tune")
@@ -188,7 +218,7 @@ def generate(
 
         from glq.hf_integration import load
         from glq.hub import load_tokenizer, resolve
-        from glq.kv.cache import GlqCache
+        from glq.kv.cache import GlqCache, cache_keyword
         from glq.kv.codec import kv_codec
 
         if kv_bits is not None:
@@ -203,8 +233,8 @@ def generate(
             )
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-        cache = None if kv_bits is None else GlqCache(kv_bits, config=loaded.config)
-        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, past_key_values=cache)
+        cache = {} if kv_bits is None else {cache_keyword(loaded): GlqCache(kv_bits, config=loaded.config)}
+        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, **cache)
 
 
 @app.command()
@@ -253,7 +283,7 @@ def info(
         _out.print(
             f"quantized: {summary.quantized_bytes:,} bytes × 8 ÷ {summary.quantized_weights:,} weights = "
             f"{summary.bits:.4f} bits; other tensors: {summary.other_bytes:,} bytes; "
-            f"files: {summary.file_bytes:,} bytes",
+            f"files: {summary.file_bytes:,} bytes, all of them checked",
             highlight=False,
             soft_wrap=True,
         )
@@ -289,6 +319,15 @@ app.command("compare")(publish.compare)
 app.command("push")(publish.push)
 app.command("chat")(talk.chat)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(talk.serve)
+
+
+def _left(layers: dict[str, str]) -> str:
+    """Which linear layers were not quantized: each by its name if they are few."""
+    if len(layers) <= 3:
+        return "in their own precision stay: " + "; ".join(f"{name}, which {why}" for name, why in layers.items())
+    reasons = Counter(layers.values()).most_common()
+    counts = "; ".join(f"{count}, each of which {reason}" for reason, count in reasons)
+    return f"{len(layers)} linear layers stay in their own precision: {counts}. quantization.json names them"
 
 
 def _info_upstream(model: Path, as_json: bool) -> None:

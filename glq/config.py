@@ -92,7 +92,7 @@ class GlqConfig:
         if version > FORMAT_VERSION:
             raise GlqError(
                 f"the checkpoint has format version {version}, written by glq {raw.get('glq_version')}; this glq reads "
-                f"{FORMAT_VERSION}: pip install -U glq"
+                f"{FORMAT_VERSION}: install a newer one from its repository"
             )
         known = {"quant_method", "format_version", "glq_version", "bits", "modules"}
         _refuse_unknown("quantization_config", raw, known | {"tensor_parallel"})

@@ -1,7 +1,9 @@
 """What this machine has, and which of glq's kernels it gets: what `glq doctor` tells."""
 
 import ctypes
+import os
 import platform
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from importlib.metadata import version as installed
 import torch
 
 from glq import nvrtc
+from glq.errors import how_to_install
 from glq.gpus import evidence
+from glq.machine import available_memory
 from glq.ops.matmul import has_cuda_kernel, has_triton_kernel
 
 # what glq's tests and benchmarks were run with
@@ -63,11 +67,13 @@ def packages() -> list[Package]:
 
 
 def system() -> dict[str, str]:
-    """Python, the system, and the NVIDIA driver, where there is one."""
+    """Python, the system, what it has free, and the NVIDIA driver, where there is one."""
     cuda = torch.version.cuda
     return {
         "Python": f"{platform.python_version()} (tested: 3.11, 3.12)",
         "system": f"{platform.system()} {platform.machine()}",
+        "cores and memory": f"{os.cpu_count()}, {available_memory() / 1e9:.1f} GB free",
+        "disk here": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free",
         "NVIDIA driver": driver_version() or "none found",
         "CUDA of torch": cuda or "none: this torch is built without it",
     }
@@ -119,7 +125,7 @@ def _triton(codec: str, codecs: str, device: torch.device, why_no_cuda: str) -> 
 
 def _why_no_cuda(device: torch.device) -> str:
     if not nvrtc.available():
-        return "cuda-core or platformdirs is not installed: pip install 'glq[cuda]'"
+        return f"cuda-core or platformdirs is not installed: {how_to_install('cuda')}"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor} is older than sm_80" if major < 8 else "CUDA C++ does not work here"
 

@@ -1,6 +1,5 @@
 """The highest rate at which a model and its context fit into so much memory: `--fit 12GB --context 16384`."""
 
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from glq.source import SourceModel
 LEFT = 0.05  # of the memory, for CUDA itself and for what the allocator cannot use
 _OUTSIDE = 4  # bits of embeddings and lm_head where these are packed
 _WORTH = 0.5  # bits of the layers that packing embeddings and lm_head must gain
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class Fit:
     def fits(self, footprint: Footprint) -> bool:
         return footprint.total <= self.usable
 
+    @property
+    def original_fits(self) -> bool:
+        return self.fits(self.plain)
+
     def settings(self, settings: Settings) -> Settings:
         """With the rates of `best`."""
         outside = self.best.outside
@@ -66,14 +68,6 @@ class Fit:
             "outside_bits": self.best.outside,
             **asdict(self.best.footprint),
         }
-
-
-def parse_bytes(text: str) -> int:
-    """ "12GB" is 12 · 10⁹, "12GiB" 12 · 2³⁰. GlqError for anything else."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMG]?i?B|)", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise GlqError(f"an amount of memory is like 12GB, 800MB or 12GiB, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def fit(model: str | Path, memory: int, context: int, kv_bits: int | None = None) -> Fit:

@@ -25,7 +25,7 @@ from glq.codecs import get_codec
 from glq.codecs.packing import tile_rows
 from glq.errors import GlqError
 from glq.experts import ExpertLinear, quantizable
-from glq.kv.cache import GlqCache
+from glq.kv.cache import GlqCache, cache_keyword
 from glq.ops.cuda_dequantize import AT_ONCE as WEIGHTS_AT_ONCE
 from glq.ops.cuda_dequantize import own_basis_tokens, unrotates
 from glq.ops.embedding import ROWS_AT_ONCE, embedding_reference
@@ -141,7 +141,7 @@ def _pass(source: SourceModel, rates: Rates | None, context: int, kv_bits: int |
 
 def _step(model: PreTrainedModel, tokens: int, cache: Cache) -> None:
     ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.float()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache}).logits.float()
 
 
 def _cache_bytes(cache: Cache) -> int:

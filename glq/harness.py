@@ -1,11 +1,11 @@
-"""Benchmarks of lm-evaluation-harness for any checkpoint that transformers loads: pip install 'glq[eval]'."""
+"""Benchmarks of lm-evaluation-harness for any checkpoint that transformers loads, which [eval] brings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 from glq.hf_integration import load
 from glq.hub import load_tokenizer, resolve
 
@@ -39,7 +39,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise GlqError(f"tasks need lm-evaluation-harness ({error.name}): pip install 'glq[eval]'") from error
+        raise GlqError(f"tasks need lm-evaluation-harness ({error.name}): {how_to_install('eval')}") from error
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise GlqError(f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists all")

@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from glq.arguments import refuse_no_model
 from glq.errors import GlqError
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md", "e8_codebook.pt"]
@@ -16,15 +17,15 @@ def resolve(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-        raise GlqError(f"{model} is not a directory: give a local model directory or a Hugging Face name like org/name")
+    refuse_no_model(model)
     try:
         return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:
-        first = str(error).strip().splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines()]
+        first = next((line.removeprefix("Got: ").rstrip(".") for line in lines if line), type(error).__name__)
         raise GlqError(
-            f"{model} is neither a local directory nor a model that the hub gives: {first}. "
-            "Check the name, the network and your access rights"
+            f"{model} is no local directory, and the hub does not give it: {first}. Check the name, the network and "
+            "your access rights; without a network, give a directory"
         ) from error
 
 

@@ -29,7 +29,8 @@ def describe(device: torch.device) -> str:
     """Its name, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 from glq.exchange import Arenas
 
 RESERVED = 1024  # bytes of shared memory that the driver takes for each block, from compute capability 8.0 on
@@ -37,7 +37,7 @@ class Source:
         try:
             from cuda.core import Program, ProgramOptions
         except ModuleNotFoundError as error:
-            raise GlqError(f"CUDA kernels need {error.name}: pip install 'glq[cuda]'") from error
+            raise GlqError(f"CUDA kernels need {error.name}: {how_to_install('cuda')}") from error
         defines = [f"{name}={value}" for name, value in self.macros]
         options = ProgramOptions(
             arch=arch,

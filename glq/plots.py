@@ -1,10 +1,10 @@
-"""Pictures, by matplotlib: pip install 'glq[eval]'."""
+"""Pictures, by matplotlib, which [eval] brings."""
 
 from pathlib import Path
 
 from glq.allocation import Plan
 from glq.codecs import get_codec
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 
 
 def plot_plan(plan: Plan, file: Path) -> None:
@@ -12,7 +12,7 @@ def plot_plan(plan: Plan, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise GlqError("plots need matplotlib: pip install 'glq[eval]'") from error
+        raise GlqError(f"plots need matplotlib: {how_to_install('eval')}") from error
     kinds: dict[str, list[float]] = {}
     for group, codec in zip(plan.groups, plan.codecs, strict=True):
         kind = " / ".join(name.rsplit(".", 1)[-1] for name in group.layers)

@@ -45,10 +45,20 @@ def push(
             commit_message=message or f"{path.name}: quantized by glq",
             ignore_patterns=[".*"],
         )
-    except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ValueError) as error:
+    except Exception as error:  # the network's, too, of whatever library huggingface_hub has for it
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise GlqError(f"the hub refused {name}: {first.strip()[:300]}. `hf auth login` sets a token") from error
+        raise GlqError(f"{_what_failed(error, name, api.endpoint)}: {first.strip()[:300]}") from error
     return str(info.commit_url).rpartition("/commit/")[0] or name
+
+
+def _what_failed(error: Exception, name: str, hub: str) -> str:
+    """The hub's answer, or that there was none."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        return f"{hub} refused {name} (`hf auth login` sets a token)"
+    if status is not None or isinstance(error, HFValidationError):
+        return f"{hub} refused {name}"
+    return f"{name} was not uploaded, {hub} cannot be reached or broke off"
 
 
 def _card_data(card: Path) -> dict[str, Any]:

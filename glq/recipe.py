@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from glq.allocation import Plan, make_plan
-from glq.checkpoint import refuse_existing
+from glq.arguments import refuse_existing
 from glq.codecs import DEFAULT_CODECS
 from glq.errors import GlqError
 from glq.machine import describe, pick_device

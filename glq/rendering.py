@@ -33,8 +33,8 @@ def render_comparison(reports: list[dict[str, Any]]) -> str:
 
 def render_card(report: dict[str, Any]) -> str:
     """A model card for the hub, with its metadata."""
-    figures = _figures(report)
-    return _environment().get_template("card.md.j2").render(report=report, mark=MARK, **figures)
+    figures, codecs = _figures(report), sorted({layer["codec"] for layer in report["layers"].values()})
+    return _environment().get_template("card.md.j2").render(report=report, mark=MARK, codecs=codecs, **figures)
 
 
 def write_pages(path: Path, report: dict[str, Any]) -> None:
@@ -94,6 +94,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["bytes"] = _bytes
+    environment.filters["figure"] = lambda x: f"{x:,.2f}" if x < 1e5 else f"{x:.2e}"
     environment.filters["duration"] = lambda s: f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min"
     return environment
 

@@ -86,6 +86,8 @@ def versions() -> dict[str, str]:
 def read_report(path: str | Path) -> dict[str, Any]:
     """The report of a checkpoint directory; GlqError if it has none, or one of a newer glq."""
     file = Path(path) / REPORT
+    if not Path(path).is_dir():
+        raise GlqError(f"there is no directory {path}")
     if not file.is_file():
         raise GlqError(f"{path} has no {REPORT}: quantize the model with this version of glq, which writes one")
     report = _read_json(file)

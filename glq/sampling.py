@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from glq.evaluation import log_probabilities
+from glq.kv.cache import cache_keyword
 
 _PIECE = 256  # tokens of one sequence; a window holds several
 _PROMPT = 32  # of them come from the given text
@@ -48,10 +49,10 @@ def sample_windows(
 def _continue(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:
     """ids [n, prompt] → [n, length]: each token drawn from the model's own distribution, end of text included."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    step, past = ids, None
+    step, past, keyword = ids, None, cache_keyword(model.base_model)
     while ids.shape[1] < length:
-        out = model.base_model(step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = model.base_model(step, use_cache=True, **{keyword: past})
+        past = out[keyword]
         probabilities = log_probabilities(model, out.last_hidden_state[:, -1]).exp()
         step = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, step], dim=1)

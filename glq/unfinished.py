@@ -99,7 +99,7 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             yield from _changes(old.get(key), new.get(key), f"{name} {key}".strip())
     elif old != new:
-        yield f"{name} was {_short(old)}, is {_short(new)}"
+        yield f"{name}: begun with {_short(old)}, now {_short(new)}"
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glq.checkpoint import DIGESTS, config_digest, read_config, refuse_existing
+from glq.arguments import refuse_existing
+from glq.checkpoint import DIGESTS, config_digest, read_config
 from glq.errors import GlqError, ResumableError
 from glq.files import INDEX, SINGLE, read_json
 from glq.shards import join, save, sync_folder

@@ -114,3 +114,12 @@ def running():
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with running() as here:
+        print(
+            f"glq push out me/model --endpoint {here.url}    # with HF_TOKEN set to anything; Ctrl-C ends this",
+            flush=True,
+        )
+        threading.Event().wait()

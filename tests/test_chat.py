@@ -72,7 +72,7 @@ def test_the_terminal(tiny_checkpoint):
     assert result.exit_code == 0, result.output
     assert "no chat template" in result.output
     assert "forgotten" in result.output
-    assert "commands are /reset and /quit" in result.output
+    assert "/quit or Ctrl-D ends" in result.output
     assert len([word for word in result.output.split() if word[1:].isdigit()]) >= 3
 
 
@@ -93,11 +93,20 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(capsys):
     assert capsys.readouterr().out == "some …\n"
 
 
+def test_ctrl_c_at_the_prompt_asks_once(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    talk._loop(None)
+    assert capsys.readouterr().out.count("Ctrl-C again") == 1
+
+
 def test_serve_needs_vllm_and_says_how_to_get_it(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(talk, "find_spec", lambda name: None)
     result = runner.invoke(app, ["serve", str(tiny_checkpoint)])
     assert result.exit_code == 2
-    assert "pip install 'glq[vllm]'" in result.stderr
+    assert "pip install '.[vllm]' in a clone" in result.stderr
     assert result.stderr.count("\n") <= 2
     result = runner.invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 2

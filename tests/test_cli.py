@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -79,3 +81,53 @@ def test_a_plan_is_made_once_and_allocated_again_for_another_rate(tiny_model, te
     run("quantize", tiny_model, out, "--plan", second, *options)
     assert glq.inspect(out).config.modules[after["groups"][0]["layers"][0]].codec == after["groups"][0]["codec"]
     assert json.loads((out / "glq_plan.json").read_text()) == after
+
+
+def test_a_log_has_a_line_now_and_then_with_the_time_that_is_left(capfd, monkeypatch):
+    from rich.console import Console
+
+    from glq.commands import console
+
+    monkeypatch.setattr(console, "err", Console(stderr=True))
+    now = [0.0]
+    plain = console.Plain(lambda: now[0])
+    for done in range(8, 121):  # eight by a run before; 40 s each
+        plain.update("rounding", done, 120)
+        now[0] += 40
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "rounding 10/120, 1:13:20 left"
+    assert lines[-1] == "rounding 120/120, 0:00:00 left"
+    assert 50 < len(lines) < 80
+    assert console.time_left(290, 0, 113) == "-:--:--"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "nodir", "out"], "there is no directory nodir"),
+        (["quantize", "MODEL", "MODEL"], "exists and is not an empty directory"),
+        (["quantize", "MODEL", "out", "--bits", "5"], "between 1.5 and 4, found 5"),
+        (["quantize", "MODEL", "out", "--fit", "abc"], "like 12GB"),
+        (["quantize", "MODEL", "out", "--calibration", "nofile"], "there is no text file nofile"),
+        (["plan", "nodir", "--fit", "1GB"], "there is no directory nodir"),
+        (["eval", "nodir"], "there is no directory nodir"),
+        (["push", "nodir", "me/x"], "there is no directory nodir"),
+        (["compare", "nodir"], "there is no directory nodir"),
+    ],
+)
+def test_a_slip_is_told_in_a_line(arguments, said, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, [argument.replace("MODEL", str(tiny_model)) for argument in arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_slip_costs_no_import_of_torch():
+    code = (
+        "import sys; from glq.cli import app\n"
+        "try: app(['quantize', 'nodir', 'out'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_python_blocks_run(page, tiny_model, tiny_checkpoint, text_file, tmp_pat
     assert space["quantized"].kl > 0
 
 
+def test_the_first_commands_of_the_readme_lead_to_a_chat(tiny_model, tmp_path, monkeypatch):
+    """Of its first 30 lines, those of glq, with a tiny model for the fetched one and little text."""
+    monkeypatch.chdir(tmp_path)
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30]).partition("## Your own")[0]
+    assert "pip install" in first
+    assert "python tools/fetch_model.py smollm2 " in first
+    shutil.copytree(tiny_model, "smollm2")
+    lines = re.findall(r"^ {4}(glq .+?)(?: {2,}#.*)?$", first, re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["doctor", "quantize", "eval", "chat"]
+    for line in lines:
+        name, *arguments = shlex.split(line)[1:]
+        little = ["--tokens", "256", "--ctx", "64"] if name in ("quantize", "eval") else []
+        result = runner.invoke(app, [name, *arguments, *little, "--device", "cpu"], input="w1\n/quit\n")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -73,6 +91,12 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
         for target in re.findall(r"`?((?:docs|bench|tools|tests)/[\w/]+\.(?:md|py|svg))`?", text):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_nobody_is_sent_to_the_other_glq_on_pypi():
+    said = [*PAGES, *(ROOT / "glq").rglob("*.py"), *(ROOT / "glq").rglob("*.j2")]
+    found = [f.name for f in said if re.search(r"pip install (-U )?'?glq\b", f.read_text(encoding="utf-8"))]
+    assert found in ([], ["decisions.md"])  # which tells of a mistake in such a line
 
 
 def test_every_page_is_in_the_site():
@@ -85,9 +109,17 @@ def test_every_page_is_in_the_site():
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_a_screen(name):
-    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "100", "LINES": "50"})
+    result = runner.invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "80", "LINES": "50"})
     assert result.exit_code == 0
     assert result.output.count("\n") <= 50, result.output
+
+
+def test_the_version_and_a_number_that_is_none_take_little_room():
+    assert runner.invoke(app, ["--version"]).output.split() == [glq.__version__]
+    result = runner.invoke(app, ["quantize", "a", "b", "--bits", "three"])
+    assert result.exit_code == 2
+    assert "--bits" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 4
 
 
 def test_help_starts_without_what_takes_long():

@@ -70,7 +70,7 @@ def test_reasons_for_each_family(monkeypatch):
     assert "driver too old" in first.why
     monkeypatch.setattr(doctor, "has_cuda_kernel", lambda x, codec: False)
     monkeypatch.setattr(nvrtc, "available", lambda: False)
-    assert "glq[cuda]" in doctor.choices(GPU)[0].why
+    assert ".[cuda]" in doctor.choices(GPU)[0].why
     monkeypatch.setattr(doctor, "has_triton_kernel", lambda device, codec: False)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     (first, second) = doctor.choices(GPU)

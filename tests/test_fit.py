@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import glq.hf_integration  # noqa: F401
 from glq import GlqCache, GlqError, Settings, footprint, quantize
+from glq.arguments import parse_bytes
 from glq.cli import app
-from glq.fitting import Option, _best, fit, parse_bytes
+from glq.fitting import Option, _best, fit
 from glq.footprint import Footprint, Rates, _Tally, context_bytes, weight_bytes
 from glq.packed import PACKED_DTYPES, packed_shapes
 from glq.pipeline import Result
@@ -159,3 +160,9 @@ def test_commands_say_what_fits_and_do_it(tiny_model, tmp_path, monkeypatch):
     nothing = runner.invoke(app, ["plan", str(tiny_model)])
     assert nothing.exit_code == 2
     assert "--fit 12GB" in nothing.stderr
+
+
+def test_it_is_said_when_the_original_fits(tiny_model):
+    result = runner.invoke(app, ["plan", str(tiny_model), "--fit", "1GB", "--context", "64"])
+    assert result.exit_code == 0, result.output
+    assert "the original fits as it is" in result.output

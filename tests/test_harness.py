@@ -32,7 +32,7 @@ def test_without_the_harness_it_says_how_to_get_it(tiny_checkpoint, monkeypatch)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = runner.invoke(app, ["eval", str(tiny_checkpoint), "--tasks", "arc_easy"])
     assert result.exit_code == 2
-    assert "pip install 'glq[eval]'" in result.stderr
+    assert "pip install '.[eval]' in a clone" in result.stderr
     result = runner.invoke(app, ["eval", str(tiny_checkpoint)])
     assert result.exit_code == 2
     assert "--reference, or benchmarks, --tasks" in result.stderr

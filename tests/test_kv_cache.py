@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, L
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from glq import GlqCache, GlqError
+from glq.kv.cache import cache_keyword
 from glq.kv.codec import kv_codec
 
 
@@ -209,3 +210,13 @@ def test_command(tiny_checkpoint):
     result = runner.invoke(app, ["generate", str(tiny_checkpoint), "w1", "--kv-bits", "5"])
     assert result.exit_code == 2
     assert "4, 3 or 2 bits, found 5" in result.stderr
+
+
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it():
+    class Old:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class New:
+        def forward(self, input_ids, cache=None, **kwargs): ...
+
+    assert [cache_keyword(model()) for model in (Old, New)] == ["past_key_values", "cache"]

@@ -1,6 +1,10 @@
 """`glq push` puts every file of a checkpoint onto a hub, byte for byte, and nothing of a damaged one."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -8,6 +12,7 @@ from typer.testing import CliRunner
 
 from glq.cli import app
 
+ROOT = Path(__file__).parent.parent
 runner = CliRunner()
 
 
@@ -60,7 +65,7 @@ def test_what_the_hub_refuses_is_told_in_a_line(hub, checkpoint):
     hub.refused.add("them/tiny")
     result = push(hub, checkpoint, "them/tiny")
     assert result.exit_code == 2
-    assert "the hub refused them/tiny" in result.stderr
+    assert "refused them/tiny" in result.stderr
     assert "hf auth login" in result.stderr
     assert result.stderr.count("\n") <= 2
     result = push(hub, checkpoint, "tiny")
@@ -68,5 +73,22 @@ def test_what_the_hub_refuses_is_told_in_a_line(hub, checkpoint):
     (checkpoint / "README.md").unlink()
     result = push(hub, checkpoint, "me/tiny")
     assert "has no README.md" in result.stderr
-    unreachable = runner.invoke(app, ["push", str(checkpoint), "me/x", "--endpoint", "http://127.0.0.1:9"])
-    assert unreachable.exit_code == 2
+
+
+def test_without_a_network_one_line_says_so_and_the_card_stays(checkpoint):
+    before = (checkpoint / "README.md").read_bytes()
+    result = runner.invoke(app, ["push", str(checkpoint), "me/x", "--endpoint", "http://127.0.0.1:9"])
+    assert result.exit_code == 2
+    assert "me/x was not uploaded, http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert "auth login" not in result.stderr
+    assert result.stderr.count("\n") <= 2
+    assert (checkpoint / "README.md").read_bytes() == before
+
+
+def test_another_hub_is_spoken_to_without_xet(checkpoint):
+    """In a process of its own, as huggingface_hub reads its settings once."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_DISABLE")} | {"HF_TOKEN": "hf_x"}
+    with hub_server.running() as hub:
+        command = [sys.executable, "-m", "glq", "push", checkpoint, "me/tiny", "--endpoint", hub.url]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120)
+        assert hub.repos["me/tiny"]["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()

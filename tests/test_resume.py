@@ -186,8 +186,8 @@ def test_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(at, small_d
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"seed": 1}, "settings seed was 0, is 1"),
-        pytest.param({"tokens": 576}, "settings tokens was 256, is 576", marks=pytest.mark.slow),
+        ({"seed": 1}, "settings seed: begun with 0, now 1"),
+        pytest.param({"tokens": 576}, "settings tokens: begun with 256, now 576", marks=pytest.mark.slow),
     ],
 )
 def test_other_settings_are_named(change, match, run, whole, tmp_path):
@@ -205,7 +205,7 @@ def test_a_changed_model_is_named(run, model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run((6, KeyboardInterrupt()), model=copied)
     os.utime(copied / "model.safetensors")
-    with pytest.raises(GlqError, match=r"model model.safetensors was \[.*\], is"):
+    with pytest.raises(GlqError, match=r"model model.safetensors: begun with \[.*\], now"):
         run(model=copied)
 
 
@@ -213,7 +213,7 @@ def test_another_text_is_named(run, text_file, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run((6, KeyboardInterrupt()))
     (tmp_path / "other.txt").write_text(text_file.read_text() + " w1")
-    with pytest.raises(GlqError, match="calibration was"):
+    with pytest.raises(GlqError, match="calibration: begun with"):
         run(calibration=tmp_path / "other.txt")
 
 

@@ -1,5 +1,6 @@
 """Codecs: how a group of weights becomes an integer and back. One protocol, one literal table."""
 
+from difflib import get_close_matches
 from typing import Protocol
 
 from torch import Tensor
@@ -85,4 +86,5 @@ def get_codec(name: str) -> Codec:
     try:
         return CODECS[name]
     except KeyError:
-        raise GlqError(f"unknown codec {name!r}: this version of glq reads {', '.join(CODECS)}") from None
+        close = get_close_matches(name, CODECS, n=3, cutoff=0.3) or list(DEFAULT_CODECS.values())
+        raise GlqError(f"unknown codec {name!r}; there are {', '.join(close)} and others (docs/FORMAT.md)") from None

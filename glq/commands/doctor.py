@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from glq.commands.console import out, plain_errors, say
+from glq.errors import how_to_install
 
 if TYPE_CHECKING:
     from glq.selftest import Outcome
@@ -42,6 +43,11 @@ def doctor(
             sys.stdout.write(json.dumps(content, indent=2) + "\n")
         else:
             _show(outcomes)
+            bad = sum(not o.good for o in outcomes)
+            good = f"all {len(outcomes)} kernels gave right results" if outcomes else "there are no kernels to try here"
+            say(f"{bad} of {len(outcomes)} kernels failed" if bad else f"{good}: glq works on this machine")
+            if outcomes:
+                say("error: distance from the fp32 result, relative; below 0.0156, two roundings to bf16, is right")
         if wrong := [o for o in outcomes if not o.good]:
             taken = {choice.family for choice in chosen}
             if any(o.kernel.family in taken for o in wrong):
@@ -53,9 +59,10 @@ def _describe(system: dict[str, str], packages: list[dict[str, str]], devices: l
     for name, value in system.items():
         table.add_row(name, value, "")
     for p in packages:
-        missing = "not installed" + (f": pip install 'glq\\[{p['extra']}]'" if p["extra"] else "")
+        missing = "not installed" + (f": \\[{p['extra']}] brings it" if p["extra"] else "")
         table.add_row(p["name"], p["found"] or missing, p["tested"])
     out.print(table)
+    say(f"what is missing: {how_to_install('EXTRA')}")
     for d in devices:
         say(f"{d['name']}, {d['arch']}, {int(d['memory']) / 1e9:.1f} GB, {d['multiprocessors']} multiprocessors")
         say(f"  glq's kernels on {d['arch']}: {d['evidence']} (docs/hardware.md)")

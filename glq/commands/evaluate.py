@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from glq.arguments import refuse_no_model, refuse_no_text
 from glq.commands.console import bar, out, plain_errors, say
 from glq.errors import GlqError
 
@@ -32,9 +33,16 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement with the reference; benchmarks with --tasks."""
-    with plain_errors():
+
+    def check() -> None:
+        for name in (*models, reference):
+            if name is not None:
+                refuse_no_model(name)
+        refuse_no_text(text)
         if reference is None and tasks is None:
             raise GlqError("name the model before quantization, --reference, or benchmarks, --tasks hellaswag")
+
+    with plain_errors(check):
         rows: list[dict[str, Any]] = [{"model": name} for name in ([reference] if reference else []) + models]
         if reference is not None:
             scores = _text_scores(reference, models, text, tokens, ctx, device)

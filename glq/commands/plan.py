@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from glq.arguments import parse_bytes, refuse_no_model, refuse_no_text
 from glq.commands.console import out as console
 from glq.commands.console import plain_errors, progress, say
 from glq.errors import GlqError
@@ -38,7 +39,16 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="draw the plan here, too (PNG, SVG, PDF)")] = None,
 ) -> None:
     """Which rate fits into a memory (--fit), or which layers get how many bits: for `glq quantize --plan`."""
-    with plain_errors():
+
+    def check() -> None:
+        refuse_no_model(model)
+        refuse_no_text(calibration)
+        if fit is not None:
+            parse_bytes(fit)
+        if out is None and fit is None:
+            raise GlqError("glq plan writes a JSON file: name one, or say what to fit into, --fit 12GB")
+
+    with plain_errors(check):
         from glq.allocation import Plan, allocate, make_plan
         from glq.pipeline import Settings
 
@@ -48,8 +58,7 @@ def plan(
             bits = fitted.best.bits
             if out is None:
                 return
-        if out is None:
-            raise GlqError("glq plan writes a JSON file: name one, or say what to fit into, --fit 12GB")
+        assert out is not None
         if out.exists():
             raise GlqError(f"{out} exists: nothing is overwritten, name another file")
         bits = 3 if bits is None else bits
@@ -69,7 +78,7 @@ def plan(
 
 def choose(model: str, memory: str, context: int, kv_bits: int | None, *given: object) -> "Fit":
     """What fits; GlqError if a rate was asked for as well."""
-    from glq.fitting import fit, parse_bytes
+    from glq.fitting import fit
     from glq.kv.codec import kv_codec
 
     if any(value is not None for value in given):
@@ -81,7 +90,7 @@ def choose(model: str, memory: str, context: int, kv_bits: int | None, *given: o
 
 def show_fit(fitted: "Fit") -> None:
     """Every rate with its bytes, and what to run."""
-    table = Table("bits", "embeddings, head", "weights", "KV cache", "activations", "together", "")
+    table = Table("bits", "embeddings, head", "weights, GB", "KV cache", "activations", "together, GB", "")
 
     def add(bits: str, outside: int | None, part: "Footprint", chosen: bool) -> None:
         figures = [f"{n / 1e9:.3f}" for n in (part.weights, part.kv, part.activations, part.total)]
@@ -99,6 +108,10 @@ def show_fit(fitted: "Fit") -> None:
         f"GB for {fitted.context:,} tokens of one sequence, {cache} cache; {fitted.memory / 1e9:.2f} GB less 5% "
         "for CUDA itself"
     )
+    if fitted.original_fits:
+        small = fitted.best.footprint.total < fitted.plain.total
+        gain = "quantizing makes it smaller still:" if small else "and is smaller than what quantizing makes of it:"
+        say(f"the original fits as it is, {gain}")
     say(fitted.command())
     if fitted.kv_bits is not None:
         say(f"glq generate OUT PROMPT --kv-bits {fitted.kv_bits}")

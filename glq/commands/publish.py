@@ -1,6 +1,7 @@
 """`glq compare` and `glq push`: what others see of a checkpoint."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,22 +44,31 @@ def push(
     endpoint: Annotated[str | None, typer.Option(help="another hub than huggingface.co")] = None,
 ) -> None:
     """Upload a checkpoint with its card and report to the Hugging Face hub, after checking every byte."""
+    if endpoint is not None:  # plain HTTP, which any hub takes; huggingface_hub reads this when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with plain_errors():
         from glq.publishing import push as run
         from glq.rendering import CARD, MARK, render_card
         from glq.report import REPORT, read_report
 
+        if not model.is_dir():
+            raise GlqError(f"there is no directory {model}")
         card = model / CARD
         if not card.is_file():
             raise GlqError(f"{model} has no {CARD}: quantize with this version of glq, or write a model card")
-        text = card.read_text(encoding="utf-8", errors="replace")
+        before = card.read_bytes()
+        text = before.decode("utf-8", errors="replace")
         if MARK in text and "look it up before you publish" in text:
             say("the card states no licence: the original's directory had none")
         if MARK in text and "Not evaluated yet" in text:
             say(f"the card has no figures: glq eval {model} --reference ORIGINAL adds them")
         if MARK in text and (model / REPORT).is_file():
             card.write_text(render_card(read_report(model) | {"name": name}), encoding="utf-8")
-        say(run(model, name, private=private, message=message, endpoint=endpoint))
+        try:
+            say(run(model, name, private=private, message=message, endpoint=endpoint))
+        except BaseException:
+            card.write_bytes(before)  # nothing has that name
+            raise
 
 
 def _figures(report: dict[str, Any]) -> tuple[str, ...]:

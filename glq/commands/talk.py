@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glq.commands.console import plain_errors, say
-from glq.errors import GlqError
+from glq.errors import GlqError, how_to_install
 
 if TYPE_CHECKING:
     from glq.chat import Chat
@@ -43,19 +43,29 @@ def chat(
 
 
 def _loop(talk: "Chat") -> None:
+    asked = False  # whether Ctrl-C is to end it, too
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             say("")
             return
+        except KeyboardInterrupt:  # meant for an answer that had just ended, maybe
+            say("" if asked else "\nCtrl-C again, Ctrl-D or /quit ends")
+            if asked:
+                return
+            asked = True
+            continue
+        asked = False
+        if not sys.stdin.isatty():
+            say(text)  # what is piped in has no echo
         if text in ("/quit", "/exit"):
             return
         if text == "/reset":
             talk.reset()
             say("forgotten")
         elif text.startswith("/"):
-            say("commands are /reset and /quit")
+            say("/reset forgets what was said; /quit or Ctrl-D ends; Ctrl-C stops an answer")
         elif text:
             _answer(talk, text)
 
@@ -78,7 +88,7 @@ def serve(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="checkpoint directory")],
 ) -> None:
-    """Serve a checkpoint with vLLM's OpenAI server; what follows DIR is passed on: glq serve out --port 8001."""
+    """Serve a checkpoint with vLLM's OpenAI server; what follows MODEL is passed on: glq serve out --port 8001."""
     with plain_errors():
         from glq.checkpoint import read_config
 
@@ -86,7 +96,7 @@ def serve(
         command = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
         if command is None or find_spec("vllm") is None:
             raise GlqError(
-                "serving needs vLLM, which is not installed here: pip install 'glq[vllm]', or docs/serving.md for "
-                f"an image. Without it: glq chat {model}"
+                f"serving needs vLLM, which is not installed here: {how_to_install('vllm')}, or docs/serving.md for an "
+                f"image. Without it: glq chat {model}"
             )
         os.execv(command, [command, "serve", str(model), *context.args])

@@ -7,12 +7,13 @@ once, as it comes, and never again. What all keys have in common is subtracted f
 their error goes with their length, and no attention weight depends on it.
 """
 
+import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -143,6 +144,11 @@ def _coded(layer: Any, key_codec: KvCodec, value_codec: KvCodec, centred: bool) 
             f"{type(layer).__name__}: use transformers' own cache for it"
         )
     return layer  # a recurrent layer's state, or nothing
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What a model calls the argument that takes a cache: past_key_values, `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _rows(codec: KvCodec, x: Tensor) -> Tensor:

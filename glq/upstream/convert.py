@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from glq.checkpoint import refuse_existing
+from glq.arguments import refuse_existing
 from glq.errors import GlqError
 from glq.experts import INNER, expert_shapes, is_experts, outer_name, part_names
 from glq.hub import resolve
