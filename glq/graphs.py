@@ -60,17 +60,19 @@ class GraphedForward:
         self._next: Callable[[], Any] | None = None  # a step on `_inputs`
 
     @torch.no_grad()
-    def __call__(self, past_key_values: Any = None, **inputs: Any) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
+        name = "cache" if "cache" in inputs else "past_key_values"  # transformers' name for it, from 5.24 on or before
+        cache = inputs.pop(name, None)
         given, structure = tree_flatten(inputs)
         tensors = [x for x in given if isinstance(x, Tensor)]
-        if not _is_step(past_key_values, inputs):
-            return self._forward(past_key_values=past_key_values, **inputs)
+        if not _is_step(cache, inputs):
+            return self._forward(**{name: cache}, **inputs)
         others = tuple(None if isinstance(x, Tensor) else x for x in given)
         shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
-        key = (structure, others, shapes, _addresses(past_key_values))
+        key = (structure, others, shapes, _addresses(cache))
         if key != self._key:
             self._key = key
-            return self._begin(past_key_values, given, structure)
+            return self._begin({name: cache}, given, structure)
         for kept, new in zip(self._inputs, tensors, strict=True):
             kept.copy_(new)
         assert self._next is not None
@@ -81,12 +83,12 @@ class GraphedForward:
         self._graph.replay()
         return self._output
 
-    def _begin(self, cache: Any, given: list[Any], structure: Any) -> Any:
+    def _begin(self, cache: dict[str, Any], given: list[Any], structure: Any) -> Any:
         self._forget()
         kept = [x.clone() if isinstance(x, Tensor) else x for x in given]
         self._inputs = [x for x in kept if isinstance(x, Tensor)]
         inputs = tree_unflatten(kept, structure)
-        self._next = partial(self._forward, past_key_values=cache, **inputs)
+        self._next = partial(self._forward, **cache, **inputs)
         device = self._inputs[0].device
         if not self._fused or not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
             return self._next()
