@@ -16,6 +16,9 @@ unless `--embeddings` and `--head` are given), routers, layers that run more tha
 that their tiles would be mostly padding. Matrices of blocks that are no linear layers stay, too. Refused are experts that are neither transformers' 3-D
 parameters nor layers that read all tokens.
 
+Experts are those that transformers holds as 3-D parameters, however the files store them, each rounded for the tokens that came to it; `glq
+quantize` says which came too short, and more `--tokens` help. Experts in other forms (Llama 4, LongCat-Flash) are refused.
+
 Each of these is quantized in the tests, small and random, saved, loaded, and compared with the model that was in memory. Those marked with ✓ are served by
 real vLLM 0.32.0 on a CPU, too, and give transformers' tokens and log-probs there (tests/test_vllm_architectures.py; of models that see, the text alone):
 
