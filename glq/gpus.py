@@ -38,7 +38,8 @@ GPUS = (
     Gpu("DGX Spark (GB10)", "sm_121", 128, 273),
 )
 COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")  # by tests/test_cuda_matmul.py
-RUN = ("sm_90",)  # where the kernels were run and timed: an H100 SXM
+RUN = ("sm_90",)  # where the kernels were run and timed:
+TIMED = ("H100 SXM", "H200")
 
 
 def evidence(arch: str) -> str:

@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from glq.gpus import COMPILED, GPUS, RUN, bound
+from glq.gpus import COMPILED, GPUS, RUN, TIMED, bound
 from glq.packed import packed_shapes
 
 PAGE = Path(__file__).parent.parent / "docs" / "hardware.md"
@@ -52,9 +52,9 @@ def gpu_table() -> str:
         cells = [
             f"{bound(gpu.gbps, read_bytes(k)):.0f}" if f else "too large" for k, f in zip(kinds, fits, strict=True)
         ]
-        state = "run and timed" if gpu.arch in RUN and "SXM" in gpu.name else "compiled only"
-        if gpu.arch in RUN and state != "run and timed":
-            state = "as on the H100 SXM, not run"
+        state = "compiled only"
+        if gpu.arch in RUN:
+            state = "run and timed" if gpu.name in TIMED else "as on the H100 SXM, not run"
         assert gpu.arch in COMPILED
         lines.append(f"| {gpu.name} | {gpu.arch} | {gpu.gb} GB | {gpu.gbps:,} | {' | '.join(cells)} | {state} |")
     return "\n".join(lines)
