@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glq.errors import GlqError, ResumableError
+from glq.errors import GlqError, ResumableError, how_to_install
 from glq.machine import likeness
 from glq.moments import Moments
 from glq.rounder import Matrix, Outcome, Workers, linear
@@ -92,7 +92,7 @@ def _connected(address: str, device: torch.device) -> Iterator[RayWorkers]:
     try:
         import ray
     except ImportError as error:
-        raise GlqError("a Ray cluster takes Ray: pip install 'glq[ray]'") from error
+        raise GlqError(f"a Ray cluster takes Ray: {how_to_install('ray')}") from error
     try:
         _ask(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
