@@ -215,8 +215,7 @@ def walk(
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
         block_calls, block_calls_hat = ([of_blocks[i] for of_blocks in all_calls] for all_calls in (calls, calls_hat))
-        first_state = reference[0].to(device)  # all of it: masks have its batch size
-        groups, _ = find_groups(block, first_state, block_calls[0])
+        groups, _ = find_groups(block, reference[0].to(device), block_calls[0])  # all of it: masks have its batch size
 
         def visit_all(twin: nn.Module, read: list[Read], prefix: str = name) -> None:
             for some in groups_of(prefix, source, twin, read, together):
