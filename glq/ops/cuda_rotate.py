@@ -9,7 +9,7 @@ from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 FEW = 256  # tokens
-_RESIDENT = 8  # blocks of threads on a multiprocessor for more
+_RESIDENT = 6  # blocks of threads on a multiprocessor for more
 
 
 def rotate_tiles(x: Input, signs: Tensor, block: int, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
