@@ -1,6 +1,5 @@
 """Steps: recorded, they do what the model did; fused, every kernel does what PyTorch's calls did."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cubins import spilled
 from emulator import Emulator
 from test_cuda_matmul import ARCHITECTURES
 from torch import nn
@@ -333,4 +333,4 @@ def test_kernels_compile_for_every_architecture():
         for arch in ARCHITECTURES:
             code, report = source.compile_and_report(arch)
             assert len(code) > 0
-            assert all(int(n) == 0 for n in re.findall(r"(\d+) bytes spill", report))
+            assert spilled(report) == {0}
