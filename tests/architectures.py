@@ -128,7 +128,6 @@ ARCHITECTURES = [
         "GptOssForCausalLM",
         "experts with biases, rows of gate and up in turn; from MXFP4 or 16-bit weights",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": _KINDS},
-        vllm="refused: vLLM's gpt-oss takes experts under no other names than its own formats have",
     ),
     Architecture(
         "DeepSeek-V3",

@@ -5,6 +5,10 @@ Nothing here is imported by the rest of glq, and vLLM only by what runs inside o
 
 import logging
 
+GPT_OSS, OWN_GPT_OSS = (
+    "GptOssForCausalLM",
+    "GlqGptOssForCausalLM",
+)  # an architecture, and the class that takes our files
 TESTED = "0.32."  # what version numbers of vLLM begin with for which tests/test_vllm.py passes
 
 
@@ -15,6 +19,7 @@ def register() -> None:
     """
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.models import ModelRegistry
 
         from glq.vllm_integration import kv
         from glq.vllm_integration.config import GlqVllmConfig
@@ -24,4 +29,6 @@ def register() -> None:
         )
         return
     register_quantization_config("glq")(GlqVllmConfig)
+    if OWN_GPT_OSS not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(OWN_GPT_OSS, f"glq.vllm_integration.gpt_oss:{OWN_GPT_OSS}")
     kv.register()

@@ -14,8 +14,8 @@ from glq.checkpoint import summarize
 from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE
-from glq.vllm_integration import TESTED
-from glq.vllm_integration.names import members, renamed
+from glq.vllm_integration import GPT_OSS, OWN_GPT_OSS, TESTED
+from glq.vllm_integration.names import JOINED, members, renamed
 from glq.vllm_integration.upstream import UpstreamVllmConfig
 
 _log = getLogger("vllm.glq")
@@ -41,6 +41,8 @@ class GlqVllmConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of a local checkpoint by their headers. GlqError names the first thing that is wrong."""
         text = None if hf_config is None else hf_config.get_text_config()
+        if text is not None and text.architectures == [GPT_OSS]:
+            text.architectures = [OWN_GPT_OSS]
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
         folder = Path(model_name)
         if (folder / INDEX).is_file() or (folder / SINGLE).is_file():  # not with load_format="dummy", and on the hub
@@ -71,14 +73,14 @@ class GlqVllmConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding) and (name := self.embeddings_of(prefix)):
             return methods.GlqEmbeddingMethod(name, self.glq.modules[name])
         if isinstance(layer, RoutedExperts) and (experts := self.experts_of(layer, prefix)):
-            from glq.vllm_integration.experts import GlqExpertsMethod
-
-            return GlqExpertsMethod(prefix, experts, layer.moe_config)
+            return _experts_method(experts)(prefix, experts, layer.moe_config)
         return None
 
     def experts_of(self, layer: Any, prefix: str) -> dict[str, ModuleConfig]:
-        """The quantized matrices of a layer's experts by vLLM's names, w1, w2, w3; none if they are not quantized."""
+        """The quantized matrices of a layer's experts by vLLM's names, as GlqExpertsMethod; none if there are none."""
         names = {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": layer.ckpt_up_proj_name}
+        if layer.moe_config.has_bias:
+            names = JOINED
         found = {key: self.glq.modules.get(f"{prefix}.*.{name}") for key, name in names.items()}
         experts = {key: module for key, module in found.items() if module is not None}
         if not experts and any(name.startswith(f"{prefix}.") for name in self.glq.modules):
@@ -110,3 +112,13 @@ class GlqVllmConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+def _experts_method(matrices: dict[str, ModuleConfig]) -> Any:
+    if "w13" in matrices:
+        from glq.vllm_integration.gpt_oss import GptOssMethod
+
+        return GptOssMethod
+    from glq.vllm_integration.experts import GlqExpertsMethod
+
+    return GlqExpertsMethod

@@ -23,17 +23,22 @@ from glq.vllm_integration import methods
 from glq.vllm_integration.parts import Part, Rank, cut, dequantize, runs
 
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}  # vLLM's names for gate and up, and for down
+_JOINED = {"w13": ("w13",), "w2": ("w2",)}  # where gate and up are one matrix, rows of both in turn
 
 
 class GlqExpertsMethod(FusedMoEMethodBase):
-    """The experts of a layer, `modules` by vLLM's names for their matrices, w1, w2 and w3."""
+    """The experts of a layer, `modules` by vLLM's names for their matrices: w1, w2 and w3, or w13 and w2."""
 
     def __init__(self, name: str, modules: dict[str, ModuleConfig], moe: Any) -> None:
         super().__init__(moe)
         self.name, self.modules = name, modules
         self.parts: dict[str, tuple[Part, ...]] = {}
-        if moe.has_bias or not moe.is_act_and_mul or set(modules) != {"w1", "w2", "w3"}:
-            raise GlqError(f"{name}: glq serves experts of a gate, an up and a down projection without biases alone")
+        self.shards = _JOINED if "w13" in modules else _SHARDS
+        known = set(modules) == {name for names in self.shards.values() for name in names} and moe.is_act_and_mul
+        if not known or moe.has_bias != (self.shards is _JOINED):
+            raise GlqError(
+                f"{name}: glq serves experts of a gate, an up and a down projection alone, and with biases gpt-oss's"
+            )
         if any(module.experts != moe.num_logical_experts for module in modules.values()):
             raise GlqError(
                 f"{name}: config.json has not the {moe.num_logical_experts} experts of the model: it was changed"
@@ -58,9 +63,9 @@ class GlqExpertsMethod(FusedMoEMethodBase):
         Codes [experts, bytes], the tiles of one part after another; scale [experts, rows]; signs [parts, columns / 8].
         """
         rank, inside = Rank(self.moe.tp_rank, self.moe.tp_size), intermediate_size_per_partition
-        gate_up = {f"{self.name}.*.{key}": self.modules[key] for key in _SHARDS["w13"]}
+        gate_up = {f"{self.name}.*.{key}": self.modules[key] for key in self.shards["w13"]}
         self.parts = {
-            "w13": cut(gate_up, [inside, inside], hidden_size, rank),
+            "w13": cut(gate_up, [2 * inside // len(gate_up)] * len(gate_up), hidden_size, rank),
             "w2": cut({f"{self.name}.*.w2": self.modules["w2"]}, [hidden_size], inside, rank),
         }
         dummy = get_current_vllm_config().load_config.load_format == "dummy"
@@ -75,21 +80,26 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             local = layer.expert_map_manager.map_global_to_local
             for key, tensor in tensors.items():
                 param: Any = nn.Parameter(tensor, requires_grad=False)
-                param.weight_loader = ExpertsLoader(key, parts, _SHARDS[stem], num_experts, local)
+                param.weight_loader = ExpertsLoader(key, parts, self.shards[stem], num_experts, local)
                 param.glq_missing = set() if dummy else {(e, i) for e in range(num_experts) for i in range(len(parts))}
                 layer.register_parameter(f"{stem}_{key}", param)
+            if self.moe.has_bias:  # NaN until it comes
+                bias = torch.full((num_experts, parts[0].rows), torch.nan, dtype=params_dtype)
+                layer.register_parameter(f"{stem}_bias", nn.Parameter(bias, requires_grad=False))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded. On a CPU, for which there are no kernels, decode it, and leave the rest to vLLM.
 
         But not where ranks share out the experts: vLLM's kernel for CPUs does not know that it has not all of them.
         """
-        for stem in _SHARDS:
+        for stem in self.shards:
             for key in ("codes", "scale", "signs"):
                 if getattr(layer, f"{stem}_{key}").glq_missing:
                     raise GlqError(f"{self.name}: vLLM has not loaded its {stem} {key}: it gives them other names")
             if not torch.isfinite(getattr(layer, f"{stem}_scale")).all():
                 raise GlqError(f"{self.name}: scales are NaN or infinite: the file is damaged, get it again")
+            if self.moe.has_bias and not torch.isfinite(getattr(layer, f"{stem}_bias")).all():
+                raise GlqError(f"{self.name}: biases are missing or not finite: the file is damaged, get it again")
         if methods.decodes_once() and layer.expert_map is None:
             self._decode(layer)
             return
@@ -143,12 +153,18 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             pairs = layer.expert_map[pairs.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        products = _multiply(layer, layer.glq_w13, x, pairs, topk_ids.shape[1])
+        products = self._biased(layer, "w13", _multiply(layer, layer.glq_w13, x, pairs, topk_ids.shape[1]), pairs)
         inside = products.new_empty(products.shape[0], products.shape[1] // 2)
         config = ApplyMoEActivationConfig.from_configs(self.moe, self.get_fused_moe_quant_config(layer))
         apply_moe_activation(layer.activation, inside, products, activation_config=config)
-        y = _multiply(layer, layer.glq_w2, inside, pairs, 1).view(*topk_ids.shape, -1)
+        y = self._biased(layer, "w2", _multiply(layer, layer.glq_w2, inside, pairs, 1), pairs).view(*topk_ids.shape, -1)
         return torch.bmm(topk_weights.to(y.dtype)[:, None], y)[:, 0]
+
+    def _biased(self, layer: Any, stem: str, products: Tensor, pairs: Tensor) -> Tensor:
+        """[pairs, rows] with the bias of each pair's expert, if it is here."""
+        if not self.moe.has_bias:
+            return products
+        return products + getattr(layer, f"{stem}_bias")[pairs.clamp(0).long()] * (pairs >= 0)[:, None]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from glq.errors import GlqError
 
 V = TypeVar("V")
+JOINED = {"w13": "gate_up_proj", "w2": "down_proj"}  # matrices of gpt-oss's experts in a checkpoint, by vLLM's names
 
 
 def renamed(named: Mapping[str, V], mapper: Any) -> dict[str, V]:
