@@ -188,14 +188,16 @@ class SourceModel:
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
                     f"{list(value.shape)}: config and weights do not belong together"
                 )
+            some = rows if value.ndim == 2 else None
+            if some is None:
+                value = value.to(device)  # as it is stored: a GPU checks and casts it sooner
             if not all_finite(value):
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
-            if rows is None or value.ndim != 2:
-                value = value.to(device, dtype)
+            if some is None:
+                value = value.to(dtype)
             else:
-                some = torch.empty(value.shape, device=device, dtype=dtype)
-                some[rows.to(device)] = value[rows].to(device, dtype)
-                value = some
+                read, value = value, torch.empty(value.shape, device=device, dtype=dtype)
+                value[some.to(device)] = read[some].to(device, dtype)
             _set(module, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(module.named_buffers()):
             if prefix + key in self._origins:
