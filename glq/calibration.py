@@ -217,6 +217,8 @@ def walk(
     calls_hat = [copied(of_blocks) for of_blocks in calls]
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
+        if i + 1 < len(source.blocks):
+            source.expect(source.blocks[i + 1])
         block_calls, block_calls_hat = ([of_blocks[i] for of_blocks in all_calls] for all_calls in (calls, calls_hat))
         groups, _ = find_groups(block, reference[0].to(device), block_calls[0])  # all of it: masks have its batch size
 

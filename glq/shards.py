@@ -6,7 +6,7 @@ The bytes are those that safetensors itself would write.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,14 @@ def join(parts: Sequence[Path], file: Path) -> tuple[list[str], str]:
     return names, digest.hexdigest()
 
 
+def read_ahead(file: Path, names: Collection[str]) -> None:
+    """Read tensors of a file, and keep none: while there is memory to spare, the system does, and has them sooner."""
+    for entry in _entries(file):
+        if entry.name in names:
+            for _ in entry.pieces():
+                pass
+
+
 def write_json(content: Any, file: Path) -> None:
     """In one step: there is the old file or the new one, whatever happens."""
     write_bytes([(json.dumps(content) + "\n").encode()], file)
@@ -129,7 +137,7 @@ def _pieces(entries: list[_Entry], written: Callable[[str], None] = lambda _: No
 
 
 def _entries(file: Path) -> Iterator[_Entry]:
-    """Those of a file that `save` wrote."""
+    """Those of a file."""
     with file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
