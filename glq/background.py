@@ -14,6 +14,7 @@ class Background:
         self._pool = ThreadPoolExecutor(1)
         self._jobs: deque[tuple[Future[None], int]] = deque()
         self._error: BaseException | None = None
+        self.ended = False  # nothing is done any more
 
     def give(self, job: Callable[[], None], nbytes: int = 0) -> None:
         """Have a job done, which holds so many bytes until then. Waits for others, or for itself, if it must."""
@@ -44,6 +45,7 @@ class Background:
                 self._jobs.popleft()[0].result()
         finally:
             self._pool.shutdown(cancel_futures=True)
+            self.ended = True
 
     def _do(self, job: Callable[[], None]) -> None:
         if self._error is None:

@@ -70,8 +70,11 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         at_fault = kind is not None and issubclass(kind, GlqError) and not issubclass(kind, ResumableError)
-        self._behind.close(drop=at_fault)  # else a stop costs nothing that was given already
-        self._work.close(keep=kind is not None and not at_fault and self._work.journal is not None)
+        try:
+            self._behind.close(drop=at_fault)  # else a stop costs nothing that was given already
+        finally:
+            if self._behind.ended:  # and not interrupted so often that it still writes to a folder that is its own
+                self._work.close(keep=kind is not None and not at_fault and self._work.journal is not None)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Write tensors to disk, so that few are kept in memory while the work goes on."""

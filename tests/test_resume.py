@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer, main_thread
 
 import pytest
 import torch
@@ -237,6 +237,26 @@ def test_who_waits_for_a_state_hears_of_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ResumableError, match="No space"):
         waits()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_interrupt_waits_for_no_more_than_what_is_being_written(tmp_path, monkeypatch):
+    go, save, state = Event(), glq.writer.save, torch.ones(1000)
+    monkeypatch.setattr("glq.writer.save", lambda *args: go.wait() and save(*args))
+
+    def stopped():
+        with glq.writer.CheckpointWriter(tmp_path / "out", {}) as writer:
+            writer.save({"blocks": 1}, {"reference.000000": state})
+            writer.add({"weight": torch.zeros(10)})
+            Timer(0.2, signal.pthread_kill, (main_thread().ident, signal.SIGINT)).start()
+            Timer(0.4, go.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    folder = folder_of(tmp_path / "out")
+    assert sorted(file.name for file in folder.iterdir()) == ["final", "journal.json", "lock", "states-000000"]
+    with glq.writer.CheckpointWriter(tmp_path / "out", {}) as writer:
+        assert writer.saved == {"blocks": 1}
 
 
 def test_no_state_is_overwritten_before_it_is_free(run, whole, tmp_path, monkeypatch):
