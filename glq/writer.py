@@ -251,5 +251,5 @@ class CheckpointWriter:
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a GPU copied here, since another thread's calls would disturb the capture of graphs; others as views."""
+    """Those of a GPU as copies, which are made here: its queue and its graphs are this thread's. Others as they are."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
