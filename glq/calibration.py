@@ -100,6 +100,7 @@ def calibrate_block(
     held_out: int = 0,
     side_by_side: bool = False,
     spill: Spill | None = None,
+    free: Callable[[Tensor], None] = lambda _: None,
 ) -> Iterator[int]:
     """Take both models, called as calls and calls_hat say, through one block and round its groups on the way.
 
@@ -108,7 +109,7 @@ def calibrate_block(
     whose weights it replaces, and what the groups read that can be rounded now: one after the other, each after those
     before it, or, side_by_side, all of the block, which costs one pass more. The last `held_out` microbatches go along,
     but moments do not count them. Yields the number of the group just rounded, then of the end. spill: where what is
-    not worked on waits.
+    not worked on waits. free: gets a state before it is overwritten.
     """
     spill = spill or Spill(None)
     spill.put_module(block)
@@ -129,7 +130,7 @@ def calibrate_block(
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
             if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
-                _replace(reference, k, run.finish(), spill)
+                _replace(reference, k, run.finish(), spill, free)
                 if side_by_side:
                     run_hat.again()
             for paused in (run, run_hat):
@@ -148,13 +149,14 @@ def calibrate_block(
         yield from range(len(groups))
     for k, (run, run_hat) in enumerate(pairs):
         if not groups:
-            _replace(reference, k, run.finish(), spill)
-        _replace(quantized, k, run_hat.finish(), spill)
+            _replace(reference, k, run.finish(), spill, free)
+        _replace(quantized, k, run_hat.finish(), spill, free)
     yield len(groups)
 
 
-def _replace(states: list[Tensor], k: int, state: Tensor, spill: Spill) -> None:
+def _replace(states: list[Tensor], k: int, state: Tensor, spill: Spill, free: Callable[[Tensor], None]) -> None:
     """Have a microbatch's new state where the old one is: on the disk, on the device, or in the host's memory."""
+    free(states[k])
     if states[k].device == state.device:
         states[k] = state
         spill.put([state])
@@ -200,6 +202,7 @@ def walk(
     together: int = 1,
     side_by_side: bool = False,
     spill: Spill | None = None,
+    free: Callable[[Tensor], None] = lambda _: None,
     ended: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[tuple[str, ...], int, int]]:
     """Take both models through all blocks; `visit` gets the groups, and may change their layers' weights.
@@ -208,12 +211,14 @@ def walk(
 
     reference, quantized and calls as `capture` returns them, the states as they enter block `first`; they become the
     last block's outputs. Yields, after each group, or all experts': the names of its layers, how many groups are done,
-    and how many there are. spill: as calibrate_block takes it. ended: gets the number of a block that is behind.
+    and how many there are. spill, free: as calibrate_block takes them. ended: gets the number of a block behind.
     """
     release_memory()
     calls_hat = [copied(of_blocks) for of_blocks in calls]
     for i, name in enumerate(source.blocks[first:], first):
         block = source.load(name, device, torch.float32)
+        if i + 1 < len(source.blocks):
+            source.expect(source.blocks[i + 1])
         block_calls, block_calls_hat = ([of_blocks[i] for of_blocks in all_calls] for all_calls in (calls, calls_hat))
         groups, _ = find_groups(block, reference[0].to(device), block_calls[0])  # all of it: masks have its batch size
 
@@ -221,8 +226,8 @@ def walk(
             for some in groups_of(prefix, source, twin, read, together):
                 visit(some)
 
-        states, called = (reference, quantized), (block_calls, block_calls_hat)
-        steps = calibrate_block(block, groups, *states, *called, device, visit_all, held_out, side_by_side, spill)
+        models = (reference, quantized, block_calls, block_calls_hat)
+        steps = calibrate_block(block, groups, *models, device, visit_all, held_out, side_by_side, spill, free)
         for done in steps:
             if done < len(groups):
                 modules = ((f"{name}.{member}", block.get_submodule(member)) for member in groups[done])

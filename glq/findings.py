@@ -1,5 +1,6 @@
 """What could go wrong unseen: said of each layer by name, and handled by a rule (docs/robustness.md)."""
 
+import torch
 from torch import Tensor
 
 from glq.moments import Moments
@@ -28,7 +29,8 @@ def of_damping(asked: float, taken: float) -> list[str]:
 
 def of_states(states: list[Tensor]) -> list[str]:
     """Of what a block gives."""
-    found = [state.abs().max().item() for state in states]
+    ends = [torch.aminmax(state) for state in states]
+    found = [max(-low.item(), high.item()) for low, high in ends]
     if large := [value for value in found if not value <= MOST_FP16]:  # NaN, too
         return [f"gives values up to {max(large):.3g}, beyond fp16: run the model in bf16 or fp32"]
     return []

@@ -329,10 +329,11 @@ def _round(
     def ended(block: int) -> None:
         rounder.note(source.blocks[block], of_states(reference))
         states = {f"{name}.{i:06}": x for name, xs in both.items() for i, x in enumerate(xs)}
-        writer.save({"blocks": block + 1} | rounder.to_dict(), states, last=block + 1 == len(source.blocks))
-        spill.put([*reference, *quantized])
+        spill.put(states.values())
+        last = block + 1 == len(source.blocks)
+        writer.save({"blocks": block + 1} | rounder.to_dict(), states, last, lambda state: spill.put([state]))
 
-    both = {"reference": reference, "quantized": quantized}
+    both = {"reference": reference, "rounded": quantized}  # in the order in which they are overwritten, which is theirs
     steps = walk(
         source,
         reference,
@@ -344,6 +345,7 @@ def _round(
         together=rounder.workers.count,
         side_by_side=settings.side_by_side,
         spill=spill,
+        free=writer.free,
         ended=ended,
     )
     for names, done, total in steps:

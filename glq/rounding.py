@@ -19,6 +19,7 @@ from glq.codecs.packing import STRIP, TILE_COLS, tile_rows
 BLOCK = 2  # columns of a strip
 PANEL = TILE_COLS
 _AT_ONCE = 2**22  # elements that a step of preparing a matrix copies
+_WITH_ENDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what torch.aminmax takes
 _ROWS = 8192  # rows, on a GPU: fewer would change which product it takes, and so the last bit
 
 
@@ -84,7 +85,12 @@ def _reverse(flat: Tensor) -> None:
 def all_finite(x: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity, found a piece at a time."""
     rows = max(1, _AT_ONCE * len(x) // x.numel()) if x.numel() and x.ndim else 1
-    return all(bool(torch.isfinite(part).all()) for part in (x.split(rows) if x.ndim else [x]))
+    return all(bool(torch.isfinite(_ends(part)).all()) for part in (x.split(rows) if x.ndim else [x]))
+
+
+def _ends(x: Tensor) -> Tensor:
+    """The least and the greatest value, or NaN if there is one: found in a pass that makes no copy."""
+    return torch.stack(torch.aminmax(x)) if x.numel() and x.dtype in _WITH_ENDS else x
 
 
 def _chunk(h: Tensor) -> int:

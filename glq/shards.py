@@ -6,7 +6,7 @@ The bytes are those that safetensors itself would write.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,32 @@ class _Entry:
                 raise OSError(f"{self.file} was cut short")
 
 
-def save(tensors: dict[str, Tensor], file: Path) -> str:
-    """Write tensors to a file, and wait until they are on the disk. Its sha256."""
-    return _write(
-        [_Entry(name, _TYPES[t.dtype], tuple(t.shape), t.nbytes, t.contiguous()) for name, t in tensors.items()], file
-    )
+def save(tensors: dict[str, Tensor], file: Path, written: Callable[[str], None] = lambda _: None) -> None:
+    """Write tensors to a file, and wait until they are on the disk. written: gets the name of each that is read."""
+    entries = [_Entry(name, _TYPES[t.dtype], tuple(t.shape), t.nbytes, t.contiguous()) for name, t in tensors.items()]
+    write_bytes(_pieces(entries, written), file)
 
 
 def join(parts: Sequence[Path], file: Path) -> tuple[list[str], str]:
     """Write all tensors of some files to one: their names, and its sha256."""
-    entries = [entry for part in parts for entry in _entries(part)]
-    return [entry.name for entry in entries], _write(entries, file)
+    entries, digest = [entry for part in parts for entry in _entries(part)], hashlib.sha256()
+    names = [entry.name for entry in entries]
+
+    def hashed() -> Iterator[memoryview | bytes]:
+        for piece in _pieces(entries):
+            digest.update(piece)
+            yield piece
+
+    write_bytes(hashed(), file)
+    return names, digest.hexdigest()
+
+
+def read_ahead(file: Path, names: Collection[str]) -> None:
+    """Read tensors of a file, and keep none: while there is memory to spare, the system does, and has them sooner."""
+    for entry in _entries(file):
+        if entry.name in names:
+            for _ in entry.pieces():
+                pass
 
 
 def write_json(content: Any, file: Path) -> None:
@@ -80,19 +95,16 @@ def write_json(content: Any, file: Path) -> None:
     write_bytes([(json.dumps(content) + "\n").encode()], file)
 
 
-def write_bytes(pieces: Iterable[memoryview | bytes], file: Path) -> str:
-    """The same for bytes; their sha256."""
-    digest = hashlib.sha256()
+def write_bytes(pieces: Iterable[memoryview | bytes], file: Path) -> None:
+    """The same for bytes."""
     unfinished = file.with_name(f"{file.name}.tmp")
     with unfinished.open("wb", buffering=0) as f:
         for piece in pieces:
-            digest.update(piece)
             left = memoryview(piece)
             while len(left):
                 left = left[f.write(left) :]
         os.fsync(f.fileno())
     os.replace(unfinished, file)
-    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -105,7 +117,8 @@ def sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def _write(entries: list[_Entry], file: Path) -> str:
+def _pieces(entries: list[_Entry], written: Callable[[str], None] = lambda _: None) -> Iterator[memoryview | bytes]:
+    """The bytes of a file of these, which are let go of one by one."""
     ordered = sorted(sorted(entries, key=lambda e: e.name.encode()), key=lambda e: -_ORDER.index(e.dtype))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -114,17 +127,17 @@ def _write(entries: list[_Entry], file: Path) -> str:
         at += e.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-
-    def pieces() -> Iterator[memoryview | bytes]:
-        yield len(text).to_bytes(8, "little") + text
-        for e in ordered:
-            yield from e.pieces()
-
-    return write_bytes(pieces(), file)
+    yield len(text).to_bytes(8, "little") + text
+    entries.clear()
+    ordered.reverse()
+    while ordered:
+        e = ordered.pop()
+        yield from e.pieces()
+        written(e.name)
 
 
 def _entries(file: Path) -> Iterator[_Entry]:
-    """Those of a file that `save` wrote."""
+    """Those of a file."""
     with file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))

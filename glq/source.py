@@ -1,10 +1,11 @@
 """The model to quantize, read piece by piece: its skeleton on the meta device, its decoder blocks one at a time."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from glq.experts import (
 from glq.files import read_index, read_json, tensor_shapes
 from glq.naming import Naming, Origin
 from glq.rounding import all_finite
+from glq.shards import read_ahead
 
 
 class SourceModel:
@@ -188,20 +190,37 @@ class SourceModel:
                     f"{stored} in {self.path}: expected shape {list(parameter.shape)} from config.json, found "
                     f"{list(value.shape)}: config and weights do not belong together"
                 )
+            some = rows if value.ndim == 2 else None
+            if some is None:
+                value = value.to(device)  # as it is stored: a GPU checks and casts it sooner
             if not all_finite(value):
                 raise GlqError(f"{stored} in {self.path} holds NaN or infinite values: the model is broken")
-            if rows is None or value.ndim != 2:
-                value = value.to(device, dtype)
+            if some is None:
+                value = value.to(dtype)
             else:
-                some = torch.empty(value.shape, device=device, dtype=dtype)
-                some[rows.to(device)] = value[rows].to(device, dtype)
-                value = some
+                read, value = value, torch.empty(value.shape, device=device, dtype=dtype)
+                value[some.to(device)] = read[some].to(device, dtype)
             _set(module, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(module.named_buffers()):
             if prefix + key in self._origins:
                 buffer = self._read_parameter(prefix + key)
             _set(module, key, buffer.to(device))
         return module
+
+    def expect(self, name: str) -> Thread:
+        """Have a thread read ahead what `load` will read of a submodule, into memory that the system has to spare."""
+        keys = (f"{name}.{key}" for key, _ in self.module(name).named_parameters())
+        read = {part for key in keys for part in self._origin(self.stored_name(key)).names}
+        parts = {part for own in read for part in self._packed.get(own, (own,))}
+
+        def work() -> None:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # `load` will say so
+                for file in sorted({self._stored[part] for part in parts}):
+                    read_ahead(self.path / file, parts)
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        return thread
 
     def unload(self, name: str) -> None:
         """Drop the weights of the submodule `name` again."""

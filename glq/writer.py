@@ -1,19 +1,27 @@
-"""Checkpoints in the making: written piece by piece beside where they will be, and moved there when they are whole."""
+"""Checkpoints in the making: written piece by piece beside where they will be, and moved there when they are whole.
 
+A thread writes while the work goes on, one file after the other in the order in which they were given, so that the
+journal says nothing that is not on the disk.
+"""
+
+import copy
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glq.arguments import refuse_existing
+from glq.background import Background
 from glq.checkpoint import DIGESTS, config_digest, read_config
 from glq.errors import GlqError, ResumableError
 from glq.files import INDEX, SINGLE, read_json
@@ -21,7 +29,10 @@ from glq.shards import join, save, sync_folder
 from glq.unfinished import UnfinishedFolder
 
 SHARD_BYTES = 2**30
-_BETWEEN = 10  # times as long as a save takes, from one to the next: at most a tenth of the time goes to it
+_WAITING = 2**28  # bytes of parts that may wait until they are written
+_BETWEEN = (
+    10  # times as long as a save takes, from one to the next: at most a tenth of the time is spent writing states
+)
 _NOTHING: dict[str, Any] = {"parts": 0, "shards": [], "states": None, "saved": None}
 
 
@@ -32,7 +43,8 @@ class CheckpointWriter:
     something stops it, and a writer with the same record has it again: `saved` is what `save` was given last, None at
     the beginning. Without one, or if nothing was saved, or if the work itself is at fault (a GlqError that is not
     ResumableError), whatever is raised inside leaves no trace. GlqError if `out` exists and is not an empty directory,
-    cannot be written, or is written by another process, and if other work was begun there.
+    cannot be written, or is written by another process, and if other work was begun there. What cannot be written is
+    raised by what is called next, `commit` at the latest.
     """
 
     def __init__(self, out: Path, record: dict[str, Any] | None = None, restart: bool = False) -> None:
@@ -41,6 +53,8 @@ class CheckpointWriter:
         self.saved: dict[str, Any] | None = None
         self._states: int | None = None
         self._next_save = 0.0
+        self._unsaved: dict[int, Event] = {}  # address of a state that is being saved → that it is in the file
+        self._behind = Background(_WAITING)
         self._work = UnfinishedFolder(self.out, record, restart)
         self.folder = self._work.path
         try:
@@ -56,14 +70,17 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         at_fault = kind is not None and issubclass(kind, GlqError) and not issubclass(kind, ResumableError)
-        self._work.close(keep=kind is not None and not at_fault and self._work.journal is not None)
+        try:
+            self._behind.close(drop=at_fault)  # else a stop costs nothing that was given already
+        finally:
+            if self._behind.ended:  # and not interrupted so often that it still writes to a folder that is its own
+                self._work.close(keep=kind is not None and not at_fault and self._work.journal is not None)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write tensors to disk, so that none are kept in memory while the work goes on."""
-        part = self.folder / f"part-{self._parts:06}"
-        with self._on_disk():
-            save(tensors, part)
+        """Write tensors to disk, so that few are kept in memory while the work goes on."""
+        part, kept = self.folder / f"part-{self._parts:06}", _on_host(tensors)
         self._parts += 1
+        self._later(lambda: save(kept, part), sum(tensor.nbytes for tensor in kept.values()))
 
     def add_file(self, source: Path) -> None:
         """Copy a file under its own name."""
@@ -74,24 +91,38 @@ class CheckpointWriter:
         with self._on_disk():
             (self._final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def save(self, content: dict[str, Any], states: dict[str, Tensor], last: bool = False) -> None:
+    def save(
+        self,
+        content: dict[str, Any],
+        states: dict[str, Tensor],
+        last: bool = False,
+        read: Callable[[Tensor], None] = lambda _: None,
+    ) -> None:
         """Keep this place of the work, whatever happens afterwards; not where the last one is hardly over, but `last`.
 
-        content is JSON; states are what the work goes on with.
+        content is JSON; states are what the work goes on with, and may change where `free` has returned. read: gets
+        each as soon as it was read, in the thread that does so.
         """
-        begun = time.monotonic()
-        if begun < self._next_save and not last:
+        self._behind.check()
+        if time.monotonic() < self._next_save and not last:
             return
-        number = 0 if self._states is None else self._states + 1
-        with self._on_disk():
-            save(states, self.folder / f"states-{number:06}")
-            old, self._states, self.saved, self._safe = self._states, number, content, self._parts
-            self._write_journal()
-            if old is not None:
-                (self.folder / f"states-{old:06}").unlink()
-            self._make_shards(last=False)
-        now = time.monotonic()
-        self._next_save = now + _BETWEEN * (now - begun)
+        self._behind.wait()
+        self._next_save = math.inf
+        kept, content, parts = _on_host(states), copy.deepcopy(content), self._parts
+        self._unsaved = unsaved = {state.data_ptr(): Event() for state in kept.values()}
+
+        def written(name: str) -> None:
+            state = kept.pop(name)
+            read(state)
+            unsaved[state.data_ptr()].set()
+
+        self._later(lambda: self._keep(content, parts, kept, written))
+
+    def free(self, state: Tensor) -> None:
+        """Wait until a state may change, or its memory be given away: it is not being saved, or is in the file."""
+        event = self._unsaved.get(state.data_ptr())
+        while event is not None and not event.wait(1):  # seconds
+            self._behind.check()
 
     def states(self) -> Iterator[tuple[str, Tensor]]:
         """What `save` was given last."""
@@ -104,8 +135,9 @@ class CheckpointWriter:
 
     def commit(self) -> None:
         """Make shards of the parts that are left, write the index, and move all to its place in one step."""
+        self._behind.wait()
         with self._on_disk():
-            self._make_shards(last=True)
+            self._make_shards(self._parts, last=True)
             count, names = len(self._shards), dict[int, str]()
             weight_map, digests = dict[str, str](), dict[str, str]()
             for i, shard in enumerate(self._shards):
@@ -122,6 +154,30 @@ class CheckpointWriter:
                 self.out.rmdir()
             os.replace(self._final, self.out)
             sync_folder(self.out.absolute().parent)
+
+    def _later(self, job: Callable[[], None], nbytes: int = 0) -> None:
+        """Have something written by the thread."""
+
+        def on_disk() -> None:
+            with self._on_disk():
+                job()
+
+        self._behind.give(on_disk, nbytes)
+
+    def _keep(
+        self, content: dict[str, Any], parts: int, states: dict[str, Tensor], written: Callable[[str], None]
+    ) -> None:
+        """Write states, then the journal that names them and so many parts; the thread's part of `save`."""
+        begun = time.monotonic()
+        number = 0 if self._states is None else self._states + 1
+        save(states, self.folder / f"states-{number:06}", written)
+        old, self._states, self.saved, self._safe = self._states, number, content, parts
+        self._write_journal()
+        if old is not None:
+            (self.folder / f"states-{old:06}").unlink()
+        self._make_shards(parts, last=False)
+        now = time.monotonic()
+        self._next_save = now + _BETWEEN * (now - begun)
 
     def _config_digest(self) -> dict[str, str]:
         """Nothing where the weights are plain ones."""
@@ -158,17 +214,17 @@ class CheckpointWriter:
     def _shard(self, i: int) -> Path:
         return self.folder / f"shard-{i:06}"
 
-    def _make_shards(self, last: bool) -> None:
-        """Join the parts in order to shards as they are full; the last ones, too, if there will be no more."""
+    def _make_shards(self, parts: int, last: bool) -> None:
+        """Join so many parts in order to shards as they are full; the last ones, too, if there will be no more."""
         end, size = self._sharded, 0
-        for i in range(self._sharded, self._parts):
+        for i in range(self._sharded, parts):
             more = (self.folder / f"part-{i:06}").stat().st_size
             if end < i and size + more > SHARD_BYTES:
                 self._make_shard(end, i, last)
                 end, size = i, 0
             size += more
-        if last and end < self._parts:
-            self._make_shard(end, self._parts, last)
+        if last and end < parts:
+            self._make_shard(end, parts, last)
 
     def _make_shard(self, start: int, end: int, last: bool) -> None:
         names, digest = join([self.folder / f"part-{i:06}" for i in range(start, end)], self._shard(len(self._shards)))
@@ -180,7 +236,7 @@ class CheckpointWriter:
                 (self.folder / f"part-{i:06}").unlink()
 
     def _write_journal(self) -> None:
-        content = {"parts": self._parts, "shards": self._shards, "states": self._states, "saved": self.saved}
+        content = {"parts": self._safe, "shards": self._shards, "states": self._states, "saved": self.saved}
         self._work.write(content)
 
     @contextmanager
@@ -192,3 +248,8 @@ class CheckpointWriter:
             raise ResumableError(
                 f"cannot write {self.out}: {what}. Free some space and give the same command again"
             ) from error
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a GPU as copies, which are made here: its queue and its graphs are this thread's. Others as they are."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

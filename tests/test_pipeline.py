@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_moe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +17,7 @@ from glq.calibration import calibrate_block
 from glq.checkpoint import inspect, read_config
 from glq.discovery import capture, find_groups
 from glq.linear import QuantLinear
+from glq.shards import read_ahead
 from glq.source import SourceModel
 
 
@@ -179,6 +180,24 @@ def test_sharded_source_and_sharded_output(
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     ids = torch.arange(60)[None]
     assert torch.equal(load(tmp_path / "out")(ids).logits, load(tiny_checkpoint)(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_what_is_read_ahead_is_what_loading_reads(kind, tiny_model, tmp_path, monkeypatch):
+    """Experts lie one by one in the files. A file that is gone is no error yet."""
+    model = shutil.copytree(tiny_model, tmp_path / "m") if kind == "dense" else make_moe(tmp_path / "m", "qwen3-moe")
+    source, original, failed = SourceModel(model), SourceModel._read_all, []
+    ahead, loaded, read = [], [], []
+    monkeypatch.setattr(SourceModel, "_read_all", lambda *args: loaded.extend(args[1]) or original(*args))
+    monkeypatch.setattr("glq.source.read_ahead", lambda file, names: ahead.extend(names) or read_ahead(file, names))
+    monkeypatch.setattr("glq.shards._Entry.pieces", lambda entry: read.append(entry.name) or iter(()))
+    monkeypatch.setattr("threading.excepthook", failed.append)
+    source.expect(source.blocks[1]).join()
+    source.load(source.blocks[1], torch.device("cpu"), torch.float32)
+    assert sorted(read) == sorted(ahead) == sorted(set(loaded))
+    (model / "model.safetensors").unlink()
+    source.expect(source.blocks[0]).join()
+    assert not failed
 
 
 def test_layers_that_read_the_same_input_are_one_group(tiny_model):
