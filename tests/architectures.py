@@ -163,7 +163,6 @@ ARCHITECTURES = [
         "FalconH1ForCausalLM",
         "Mamba-2 beside attention",
         {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
-        vllm="fails: it builds these layers under other names there than their tensors have",
     ),
     Architecture(
         "Jamba",

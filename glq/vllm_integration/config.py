@@ -15,7 +15,7 @@ from glq.config import QUANT_METHOD, GlqConfig, ModuleConfig, is_upstream
 from glq.errors import GlqError
 from glq.files import INDEX, SINGLE
 from glq.vllm_integration import GPT_OSS, OWN_GPT_OSS, TESTED
-from glq.vllm_integration.names import JOINED, members, renamed
+from glq.vllm_integration.names import JOINED, members, of_tensors, renamed
 from glq.vllm_integration.upstream import UpstreamVllmConfig
 
 _log = getLogger("vllm.glq")
@@ -28,6 +28,7 @@ class GlqVllmConfig(QuantizationConfig):
         super().__init__()
         self.glq = glq
         self.tied = False
+        self.architecture, self.blocks = "", 0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
@@ -44,6 +45,8 @@ class GlqVllmConfig(QuantizationConfig):
         if text is not None and text.architectures == [GPT_OSS]:
             text.architectures = [OWN_GPT_OSS]
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.architecture = next(iter(getattr(text, "architectures", None) or ()), "")
+        self.blocks = getattr(text, "num_hidden_layers", 0)
         folder = Path(model_name)
         if (folder / INDEX).is_file() or (folder / SINGLE).is_file():  # not with load_format="dummy", and on the hub
             summarize(folder, self.glq)
@@ -61,6 +64,7 @@ class GlqVllmConfig(QuantizationConfig):
 
         from glq.vllm_integration import methods, passes
 
+        prefix = of_tensors(self.architecture, prefix, self.blocks)
         if config := get_current_vllm_config_or_none():
             passes.install(config)  # the worker's config, which its compiler reads when the model is whole
         if isinstance(layer, LinearBase):

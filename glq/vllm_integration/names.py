@@ -1,5 +1,6 @@
 """vLLM's names of modules: as its model has them, and which matrices of a checkpoint a layer is made of."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,15 @@ def renamed(named: Mapping[str, V], mapper: Any) -> dict[str, V]:
     """By the names that modules have in vLLM's model."""
     ended = {f"{name}.": value for name, value in named.items()}  # rules may name a dot on each side
     return {name.removesuffix("."): value for name, value in mapper.apply_dict(ended).items()}
+
+
+def of_tensors(architecture: str, prefix: str, blocks: int) -> str:
+    """The name that the tensors of a layer have which vLLM 0.32 calls `prefix`, where it is another."""
+    if architecture == "FalconH1ForCausalLM":
+        if found := re.fullmatch(r"(.*)\.(\d+)\.mixer(\..*)", prefix):  # Mamba's are counted after all others
+            return f"{found[1]}.layers.{int(found[2]) - blocks}.mamba.mamba{found[3]}"
+        return re.sub(r"(\.layers\.\d+)(\.(qkv|o)_proj)$", r"\1.self_attn\2", prefix)
+    return prefix
 
 
 def members(prefix: str, quantized: Mapping[str, Any], fused: Mapping[str, Sequence[str]]) -> list[str]:
