@@ -33,11 +33,21 @@ def gemma():
     return model
 
 
+class Exact:
+    """Loses nothing: words are fp32 vectors, as bytes."""
+
+    def encode(self, x):
+        return x.float().contiguous().view(torch.uint8), x.new_ones(x.shape[:-1], dtype=torch.float16)
+
+    def decode(self, words, scales, dtype=torch.float32):
+        assert (scales == 1).all()
+        return words.contiguous().view(torch.float32).to(dtype)
+
+
 @pytest.fixture
 def exact(monkeypatch):
-    """Codes that lose nothing: fp32 vectors, kept as their bytes. What then differs from DynamicCache is a mistake."""
-    monkeypatch.setattr("glq.kv.cache._rows", lambda codec, x: x.contiguous().view(torch.uint8))
-    monkeypatch.setattr("glq.kv.cache._vectors", lambda codec, rows, dtype: rows.contiguous().view(dtype))
+    """What then differs from DynamicCache is a mistake."""
+    monkeypatch.setattr("glq.kv.cache.kv_codec", lambda bits: Exact())
 
 
 def prompts(*lengths: int) -> dict[str, torch.Tensor]:
@@ -84,13 +94,16 @@ def test_assisted_decoding_crops(name, exact, request):
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(None, None), (4, 2), (3, None)])
 @pytest.mark.parametrize("first", [30, 3])
 def test_update_returns_the_decoded_states(dtype, key_bits, value_bits, first):
-    """Keys less the mean of the first ones, if those were 16 at least."""
+    """Keys less the mean of the first ones, if those were 16 at least and that makes them shorter."""
     cache = GlqCache(4, key_bits=key_bits, value_bits=value_bits)
     keys, values = torch.randn(2, 2, 3, 50, 64).to(dtype)
     chunks = [x.split([first, 50 - first], -2) for x in (keys, values)]
     parts = [cache.update(k, v, 0) for k, v in zip(*chunks, strict=True)]
     centre = keys[..., :first, :].float().mean(-2, keepdim=True).to(dtype).float() if first >= 16 else 0
-    for x, y, shift, bits in zip((keys, values), parts[-1], (centre, 0), (key_bits or 4, value_bits or 4), strict=True):
+    shorter = ((keys.float() - centre).square().sum(-1) <= keys.float().square().sum(-1))[..., None]
+    assert first < 16 or 0 < shorter.sum() < shorter.numel()
+    centres, bits_of_both = (centre * shorter, 0), (key_bits or 4, value_bits or 4)
+    for x, y, shift, bits in zip((keys, values), parts[-1], centres, bits_of_both, strict=True):
         codec = kv_codec(bits)
         assert torch.equal(y, (codec.decode(*codec.encode(x.float() - shift)) + shift).to(dtype))
     assert cache.get_seq_length() == 50

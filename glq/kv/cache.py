@@ -64,13 +64,13 @@ class _Coded:
         if rounding.centred and not self.is_initialized and tokens >= _CENTRED:  # type: ignore[attr-defined]
             sane = torch.where(key_states.abs() <= _LARGEST, scaled, 0)  # NaN is not, either
             self.centre = Centre.of(sane, rounding.frequencies, dtype)
-        if self.centre is not None:
-            scaled = scaled - self.centre.at(start, tokens)
-        new = (_rows(rounding.keys, scaled), _rows(rounding.values, value_states))
+        centre = None if self.centre is None else self.centre.at(start, tokens)
+        new = (_rows(rounding.keys, scaled, centre), _rows(rounding.values, value_states))
         key_rows, value_rows = super().update(*new, *args, **kwargs)  # type: ignore[misc]
-        keys = _vectors(rounding.keys, key_rows, torch.float32)
         if self.centre is not None:  # what is seen ends with what is new, with a sliding window, too
-            keys = keys + self.centre.at(start + tokens - keys.shape[-2], keys.shape[-2])
+            seen = key_rows.shape[-2]
+            centre = self.centre.at(start + tokens - seen, seen)
+        keys = _vectors(rounding.keys, key_rows, torch.float32, centre)
         return narrow(keys / rounding.factors, dtype), _vectors(rounding.values, value_rows, value_states.dtype)
 
     def reset(self) -> None:
@@ -179,11 +179,25 @@ def cache_keyword(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
-def _rows(codec: KvCodec, x: Tensor) -> Tensor:
+def _rows(codec: KvCodec, x: Tensor, centre: Tensor | None = None) -> Tensor:
+    """x [..., head_dim]; less the centre where that leaves less of it, and with a negative scale where not.
+
+    The first token of many texts is read by all others, and its key is short: an error as long as the centre's would be
+    in every weight.
+    """
+    alone = torch.zeros((), dtype=torch.bool, device=x.device)
+    if centre is not None:
+        rest = x - centre
+        alone = x.square().sum(-1) < rest.square().sum(-1)
+        x = torch.where(alone[..., None], x, rest)
     words, scales = codec.encode(x)
-    return torch.cat([words, scales[..., None].view(torch.uint8)], -1)
+    return torch.cat([words, torch.where(alone, -scales, scales)[..., None].view(torch.uint8)], -1)
 
 
-def _vectors(codec: KvCodec, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _vectors(codec: KvCodec, rows: Tensor, dtype: torch.dtype, centre: Tensor | None = None) -> Tensor:
     words, scale = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:]
-    return codec.decode(words, scale.contiguous().view(torch.float16)[..., 0], dtype)
+    scales = scale.contiguous().view(torch.float16)[..., 0]
+    if centre is None:
+        return codec.decode(words, scales, dtype)
+    x = codec.decode(words, scales.abs())
+    return narrow(torch.where(scales.signbit()[..., None], x, x + centre), dtype)
