@@ -141,10 +141,10 @@ def test_memory(bits):
         cache.update(*states, layer)
         plain.update(*states, layer)
     full = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
-    kept = [x for y in cache.layers for x in (y.keys, y.values, y.centre.mean, y.centre.turned)]
+    kept = [x for y in cache.layers for x in (y.keys, y.values, y.centre.mean, y.centre.factors, y.centre.turned)]
     assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in kept)
     one_key = 1 / 2 / 100  # in 16 bits, of 100 keys and values
-    assert cache.nbytes / full == pytest.approx((bits + 16 / 128) / 16 + one_key, rel=1e-4)
+    assert cache.nbytes / full == pytest.approx((bits + 16 / 128) / 16 + one_key, rel=3e-4)
 
 
 def test_a_sliding_layer_keeps_its_window(gemma):
@@ -160,7 +160,7 @@ def test_reorder_repeat_select_crop_and_reset():
     cache.update(*torch.randn(2, 3, 2, 10, 64), 0)
     rows = cache.layers[0].keys.clone()
     mean, turned = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 64), torch.tensor([True, False, False])
-    cache.layers[0].centre = Centre(mean, turned[:, None, None, None], torch.ones(8))
+    cache.layers[0].centre = Centre(mean, 2 * mean, turned[:, None, None, None], torch.ones(8))
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert torch.equal(cache.layers[0].keys, rows[[2, 0, 0]])
     cache.batch_repeat_interleave(2)
@@ -168,6 +168,7 @@ def test_reorder_repeat_select_crop_and_reset():
     cache.crop(-4)
     assert torch.equal(cache.layers[0].keys, rows[[2, 0], :, :6])
     assert cache.layers[0].centre.mean[:, 0, 0, 0].tolist() == [2, 0]
+    assert cache.layers[0].centre.factors[:, 0, 0, 0].tolist() == [4, 0]
     assert cache.layers[0].centre.turned.flatten().tolist() == [False, True]
     assert cache.get_seq_length() == 6
     cache.reset()

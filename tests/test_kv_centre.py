@@ -11,7 +11,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from glq import GlqCache
 from glq.kv.centre import Centre, rotary_pairs
-from glq.kv.channels import key_factors
+from glq.kv.channels import key_channels
 
 SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 LLAMA = LlamaConfig(**SMALL, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
@@ -105,9 +105,11 @@ def test_keys_that_are_not_turned_have_a_plain_mean():
     """Each sequence for itself."""
     shared = 10 * torch.randn(1, 1, 1, 64).expand(1, 1, 100, 64)
     keys = torch.cat([shared, turned(LLAMA, shared)])
-    centre = Centre.of(keys, rotary_pairs(LLAMA, 0), torch.float32)
+    centre = Centre.of(keys, rotary_pairs(LLAMA, 0), None, torch.float32)
     assert centre.turned.flatten().tolist() == [False, True]
-    assert torch.allclose(centre.at(0, 100), keys, atol=1e-3)
+    left, alone = centre.subtract(keys, 0)
+    assert left.abs().max() < 1e-3
+    assert not alone.any()
 
 
 def test_a_key_unlike_the_others_is_rounded_by_itself():
@@ -120,9 +122,26 @@ def test_a_key_unlike_the_others_is_rounded_by_itself():
 
 def test_more_pairs_than_channels_are_none():
     keys = torch.randn(1, 1, 20, 24)
-    centre = Centre.of(keys, rotary_pairs(LLAMA, 0), torch.float32)
+    centre = Centre.of(keys, rotary_pairs(LLAMA, 0), None, torch.float32)
     assert torch.equal(centre.mean, keys.mean(-2, keepdim=True))
-    assert torch.equal(centre.at(7, 2), centre.mean.expand(1, 1, 2, 24))
+    left, alone = centre.subtract(keys, 7)
+    assert torch.equal(left, torch.where(alone[..., None], keys, keys - centre.mean))
+
+
+@pytest.mark.parametrize("first", [16, 1000])
+def test_what_is_left_tells_more_of_channels_than_norms(first):
+    """And the more keys there are the more it tells; with a right guess nothing changes."""
+    keys = torch.randn(1, 2, first, 64)
+    size = torch.rand(2, 1, 32).add(0.5).repeat(1, 1, 2)
+    guess = torch.ones(64)
+    centre = Centre.of(keys * size, rotary_pairs(LLAMA, 0), guess, torch.float32)
+    exact = size**-0.5
+    ratio = centre.factors / exact
+    assert ratio.std() / ratio.mean() < (0.1 if first == 1000 else 0.25)
+    found = Centre.of(keys, rotary_pairs(LLAMA, 0), guess, torch.float32).factors
+    assert (found - 1).abs().max() < 0.15
+    x = torch.randn(1, 2, 5, 64)
+    assert torch.allclose(centre.add(*centre.subtract(x, 3), 3), x, atol=1e-5)
 
 
 def normed(kind: str) -> Gemma3ForCausalLM | Qwen3ForCausalLM:
@@ -139,24 +158,24 @@ def normed(kind: str) -> Gemma3ForCausalLM | Qwen3ForCausalLM:
 
 @pytest.mark.parametrize("kind", ["gemma", "qwen"])
 def test_factors_are_those_of_the_norms(kind):
-    factors = key_factors(normed(kind))
+    factors = key_channels(normed(kind))
     assert sorted(factors) == [0, 1]
     expected = torch.ones(64)
     expected[[5, 37]] = ((0.01 + 1) / (400 + 1)) ** 0.25  # channels 5 and 37 are a pair
-    assert torch.allclose(factors[0], expected)
+    assert torch.allclose(factors[0].factors, expected)
 
 
 def test_a_channel_that_a_norm_makes_0():
     model = normed("qwen")
     model.model.layers[0].self_attn.q_norm.weight.data[:] = 0
     model.model.layers[1].self_attn.q_norm.weight.data[[3, 35]] = 0
-    factors = key_factors(model)
+    factors = key_channels(model)
     assert sorted(factors) == [1]
-    assert 0 < factors[1][3] < 0.5
+    assert 0 < factors[1].factors[3] < 0.5
 
 
 def test_models_without_norms_have_no_factors():
-    assert key_factors(LlamaForCausalLM(LLAMA)) == {}
+    assert key_channels(LlamaForCausalLM(LLAMA)) == {}
 
 
 def test_factors_make_products_more_exact():

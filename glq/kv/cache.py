@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 
 from glq.errors import GlqError
 from glq.kv.centre import Centre, rotary_pairs
-from glq.kv.channels import key_factors
+from glq.kv.channels import KeyChannels, key_channels
 from glq.kv.codec import KvCodec, kv_codec, narrow
 
 _SCALE_BYTES = 2
@@ -43,7 +43,7 @@ class _Rounding:
     values: KvCodec
     centred: bool
     frequencies: Tensor  # of the rotary embedding, `rotary_pairs`
-    factors: Tensor | float = 1.0  # of keys' channels, `key_factors`
+    channels: KeyChannels | None = None  # of keys, where more than 1 is known of them
 
 
 class _Coded:
@@ -58,20 +58,22 @@ class _Coded:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Encodes the new [batch, heads, tokens, head_dim]; returns what attention sees, decoded, in their dtypes."""
-        rounding, dtype, tokens = self.rounding, key_states.dtype, key_states.shape[-2]
+        rounding, tokens, alone = self.rounding, key_states.shape[-2], None
         start = self.get_seq_length()  # type: ignore[attr-defined]
-        scaled = key_states.float() * rounding.factors
+        factors, expected = (1.0, None) if (c := rounding.channels) is None else (c.factors, c.energy)
+        scaled = key_states.float() * factors
         if rounding.centred and not self.is_initialized and tokens >= _CENTRED:  # type: ignore[attr-defined]
             sane = torch.where(key_states.abs() <= _LARGEST, scaled, 0)  # NaN is not, either
-            self.centre = Centre.of(sane, rounding.frequencies, dtype)
-        centre = None if self.centre is None else self.centre.at(start, tokens)
-        new = (_rows(rounding.keys, scaled, centre), _rows(rounding.values, value_states))
+            self.centre = Centre.of(sane, rounding.frequencies, expected, key_states.dtype)
+        if self.centre is not None:
+            scaled, alone = self.centre.subtract(scaled, start)
+        new = (_rows(rounding.keys, scaled, alone), _rows(rounding.values, value_states))
         key_rows, value_rows = super().update(*new, *args, **kwargs)  # type: ignore[misc]
+        keys, alone = _vectors(rounding.keys, key_rows, torch.float32)
         if self.centre is not None:  # what is seen ends with what is new, with a sliding window, too
-            seen = key_rows.shape[-2]
-            centre = self.centre.at(start + tokens - seen, seen)
-        keys = _vectors(rounding.keys, key_rows, torch.float32, centre)
-        return narrow(keys / rounding.factors, dtype), _vectors(rounding.values, value_rows, value_states.dtype)
+            keys = self.centre.add(keys, alone, start + tokens - keys.shape[-2])
+        values, _ = _vectors(rounding.values, value_rows, value_states.dtype)
+        return narrow(keys / factors, key_states.dtype), values
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -147,10 +149,10 @@ class GlqCache(Cache):
         if config is None:
             super().__init__(layer_class_to_replicate=partial(GlqLayer, rounding))
             return
-        factors = {} if model is None else key_factors(model)
+        channels = {} if model is None else key_channels(model)
         layers = []
         for i, layer in enumerate(DynamicCache(config=config).layers):
-            own = replace(rounding, frequencies=rotary_pairs(config, i), factors=factors.get(i, 1.0))
+            own = replace(rounding, frequencies=rotary_pairs(config, i), channels=channels.get(i))
             layers.append(_coded(layer, own))
         super().__init__(layers=layers)
 
@@ -179,25 +181,16 @@ def cache_keyword(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
-def _rows(codec: KvCodec, x: Tensor, centre: Tensor | None = None) -> Tensor:
-    """x [..., head_dim]; less the centre where that leaves less of it, and with a negative scale where not.
-
-    The first token of many texts is read by all others, and its key is short: an error as long as the centre's would be
-    in every weight.
-    """
-    alone = torch.zeros((), dtype=torch.bool, device=x.device)
-    if centre is not None:
-        rest = x - centre
-        alone = x.square().sum(-1) < rest.square().sum(-1)
-        x = torch.where(alone[..., None], x, rest)
+def _rows(codec: KvCodec, x: Tensor, alone: Tensor | None = None) -> Tensor:
+    """x [..., head_dim]. `alone` [...] is kept as the sign of the scale, which has none itself."""
     words, scales = codec.encode(x)
-    return torch.cat([words, torch.where(alone, -scales, scales)[..., None].view(torch.uint8)], -1)
+    if alone is not None:
+        scales = torch.where(alone, -scales, scales)
+    return torch.cat([words, scales[..., None].view(torch.uint8)], -1)
 
 
-def _vectors(codec: KvCodec, rows: Tensor, dtype: torch.dtype, centre: Tensor | None = None) -> Tensor:
+def _vectors(codec: KvCodec, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and `alone`."""
     words, scale = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:]
     scales = scale.contiguous().view(torch.float16)[..., 0]
-    if centre is None:
-        return codec.decode(words, scales, dtype)
-    x = codec.decode(words, scales.abs())
-    return narrow(torch.where(scales.signbit()[..., None], x, x + centre), dtype)
+    return codec.decode(words, scales.abs(), dtype), scales.signbit()
