@@ -79,7 +79,7 @@ def measure(path: Path, context: int, kv_bits: int | None) -> dict[str, int]:
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(2, 300, (1, context - 7), device="cuda")
-    cache = None if kv_bits is None else GlqCache(kv_bits, config=model.config)
+    cache = None if kv_bits is None else GlqCache(kv_bits, model=model)
     model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=8, max_new_tokens=8, past_key_values=cache)
     torch.cuda.synchronize()
     return {

@@ -41,7 +41,7 @@ class Variant:
     sink: int = 0  # tokens that stay as they are
 
     def cache(self, model: PreTrainedModel) -> Cache:
-        return GlqCache(self.glq_bits, config=model.config) if self.glq_bits else RoundedCache(self, model)
+        return GlqCache(self.glq_bits, model=model) if self.glq_bits else RoundedCache(self, model)
 
 
 class RoundedCache(DynamicCache):

@@ -93,8 +93,9 @@ def main() -> None:
                 if bits == 16:
                     cache = DynamicCache(config=model.config)
                 else:
-                    kind, plain = (Served, True) if args.served else (GlqCache, args.plain)
-                    cache = kind(bits, config=model.config, centre=not plain)
+                    kind = Served if args.served else GlqCache
+                    pages = args.served or args.plain  # know neither a sequence's keys nor the model's norms
+                    cache = kind(bits, config=model.config, centre=False) if pages else kind(bits, model=model)
                 results.append(answer(model, prompt, number, cache))
             found, log_p = sum(ok for ok, _ in results), sum(p for _, p in results) / len(results)
             rows.append({"tokens": length, "bits": bits, "found": found, "of": len(results), "log_prob": log_p})

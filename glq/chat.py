@@ -59,7 +59,7 @@ class Chat:
         if self._temperature > 0:
             arguments["temperature"] = self._temperature
         if self._kv_bits is not None:
-            arguments[cache_keyword(self._model)] = GlqCache(self._kv_bits, config=self._model.config)
+            arguments[cache_keyword(self._model)] = GlqCache(self._kv_bits, model=self._model)
 
         def write() -> None:
             try:

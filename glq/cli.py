@@ -233,7 +233,7 @@ def generate(
             )
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-        cache = {} if kv_bits is None else {cache_keyword(loaded): GlqCache(kv_bits, config=loaded.config)}
+        cache = {} if kv_bits is None else {cache_keyword(loaded): GlqCache(kv_bits, model=loaded)}
         loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, **cache)
 
 

@@ -7,6 +7,7 @@ from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from glq import GlqCache, GlqError
 from glq.kv.cache import cache_keyword
+from glq.kv.centre import Centre
 from glq.kv.codec import kv_codec
 
 
@@ -25,14 +26,28 @@ def gemma():
         num_key_value_heads=1, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=256, bos_token_id=0, eos_token_id=None, pad_token_id=1,
     )  # fmt: skip
-    return Gemma3ForCausalLM(config).eval()
+    model = Gemma3ForCausalLM(config).eval()
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            norm.weight.data.normal_()
+    return model
+
+
+class Exact:
+    """Loses nothing: words are fp32 vectors, as bytes."""
+
+    def encode(self, x):
+        return x.float().contiguous().view(torch.uint8), x.new_ones(x.shape[:-1], dtype=torch.float16)
+
+    def decode(self, words, scales, dtype=torch.float32):
+        assert (scales == 1).all()
+        return words.contiguous().view(torch.float32).to(dtype)
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Codes that lose nothing: fp32 vectors, kept as their bytes. What then differs from DynamicCache is a mistake."""
-    monkeypatch.setattr("glq.kv.cache._rows", lambda codec, x: x.contiguous().view(torch.uint8))
-    monkeypatch.setattr("glq.kv.cache._vectors", lambda codec, rows, dtype: rows.contiguous().view(dtype))
+    """What then differs from DynamicCache is a mistake."""
+    monkeypatch.setattr("glq.kv.cache.kv_codec", lambda bits: Exact())
 
 
 def prompts(*lengths: int) -> dict[str, torch.Tensor]:
@@ -52,12 +67,13 @@ WAYS = {
 
 @pytest.mark.parametrize("name", ["model", "gemma"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("with_config", [True, False])
-def test_generate_takes_it_as_it_takes_a_dynamic_cache(name, way, with_config, exact, request):
+@pytest.mark.parametrize("given", ["model", "config", None])
+def test_generate_takes_it_as_it_takes_a_dynamic_cache(name, way, given, exact, request):
     model, inputs = request.getfixturevalue(name), prompts(5, 19, 12)
+    about = {"model": {"model": model}, "config": {"config": model.config}, None: {}}[given]
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 1} | WAYS[way]
     outputs = []
-    for cache in (DynamicCache(config=model.config), GlqCache(4, config=model.config if with_config else None)):
+    for cache in (DynamicCache(config=model.config), GlqCache(4, **about)):
         torch.manual_seed(0)
         outputs.append(model.generate(**inputs, **options, past_key_values=cache))
     assert torch.equal(*outputs)
@@ -67,7 +83,7 @@ def test_generate_takes_it_as_it_takes_a_dynamic_cache(name, way, with_config, e
 def test_assisted_decoding_crops(name, exact, request):
     model, inputs = request.getfixturevalue(name), prompts(19)
     plain = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=1)
-    cache = GlqCache(4, config=model.config)
+    cache = GlqCache(4, model=model)
     assisted = model.generate(
         **inputs, max_new_tokens=24, do_sample=False, pad_token_id=1, prompt_lookup_num_tokens=3, past_key_values=cache
     )
@@ -78,13 +94,16 @@ def test_assisted_decoding_crops(name, exact, request):
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(None, None), (4, 2), (3, None)])
 @pytest.mark.parametrize("first", [30, 3])
 def test_update_returns_the_decoded_states(dtype, key_bits, value_bits, first):
-    """Keys less the mean of the first ones, if those were 16 at least."""
+    """Keys less the mean of the first ones, if those were 16 at least and that makes them shorter."""
     cache = GlqCache(4, key_bits=key_bits, value_bits=value_bits)
     keys, values = torch.randn(2, 2, 3, 50, 64).to(dtype)
     chunks = [x.split([first, 50 - first], -2) for x in (keys, values)]
     parts = [cache.update(k, v, 0) for k, v in zip(*chunks, strict=True)]
     centre = keys[..., :first, :].float().mean(-2, keepdim=True).to(dtype).float() if first >= 16 else 0
-    for x, y, shift, bits in zip((keys, values), parts[-1], (centre, 0), (key_bits or 4, value_bits or 4), strict=True):
+    shorter = ((keys.float() - centre).square().sum(-1) <= keys.float().square().sum(-1))[..., None]
+    assert first < 16 or 0 < shorter.sum() < shorter.numel()
+    centres, bits_of_both = (centre * shorter, 0), (key_bits or 4, value_bits or 4)
+    for x, y, shift, bits in zip((keys, values), parts[-1], centres, bits_of_both, strict=True):
         codec = kv_codec(bits)
         assert torch.equal(y, (codec.decode(*codec.encode(x.float() - shift)) + shift).to(dtype))
     assert cache.get_seq_length() == 50
@@ -122,10 +141,10 @@ def test_memory(bits):
         cache.update(*states, layer)
         plain.update(*states, layer)
     full = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
-    kept = [x for layer in cache.layers for x in (layer.keys, layer.values, layer.centre)]
+    kept = [x for y in cache.layers for x in (y.keys, y.values, y.centre.mean, y.centre.factors, y.centre.turned)]
     assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in kept)
     one_key = 1 / 2 / 100  # in 16 bits, of 100 keys and values
-    assert cache.nbytes / full == pytest.approx((bits + 16 / 128) / 16 + one_key)
+    assert cache.nbytes / full == pytest.approx((bits + 16 / 128) / 16 + one_key, rel=3e-4)
 
 
 def test_a_sliding_layer_keeps_its_window(gemma):
@@ -140,14 +159,17 @@ def test_reorder_repeat_select_crop_and_reset():
     cache = GlqCache(3)
     cache.update(*torch.randn(2, 3, 2, 10, 64), 0)
     rows = cache.layers[0].keys.clone()
-    cache.layers[0].centre = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 64)
+    mean, turned = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 64), torch.tensor([True, False, False])
+    cache.layers[0].centre = Centre(mean, 2 * mean, turned[:, None, None, None], torch.ones(8))
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert torch.equal(cache.layers[0].keys, rows[[2, 0, 0]])
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 5]))
     cache.crop(-4)
     assert torch.equal(cache.layers[0].keys, rows[[2, 0], :, :6])
-    assert cache.layers[0].centre[:, 0, 0, 0].tolist() == [2, 0]
+    assert cache.layers[0].centre.mean[:, 0, 0, 0].tolist() == [2, 0]
+    assert cache.layers[0].centre.factors[:, 0, 0, 0].tolist() == [4, 0]
+    assert cache.layers[0].centre.turned.flatten().tolist() == [False, True]
     assert cache.get_seq_length() == 6
     cache.reset()
     assert cache.get_seq_length() == 0
