@@ -61,9 +61,11 @@ def quantize(
     model: _Model,
     out: _Out,
     bits: Annotated[
-        float | None, typer.Option(help="bits a weight, any figure from 1.5 to 4; default: 3, or the plan's")
+        float | None, typer.Option(help="bits a weight, 1.5 to 4; default: 3, or those of the codec or plan")
     ] = None,
-    codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
+    codec: Annotated[
+        str, typer.Option(help="auto: the best at its rate; fast ones: e8-1.5, e8-2, nested-3, nested-3.5, nested-4")
+    ] = "auto",
     layer: Annotated[
         list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
     ] = None,
@@ -109,6 +111,7 @@ def quantize(
 
     with _plain_errors(check):
         from glq.allocation import Plan
+        from glq.codecs import get_codec
         from glq.machine import keep_large_tensors_off_the_heap
         from glq.pipeline import Settings
         from glq.recipe import quantize as run
@@ -121,7 +124,9 @@ def quantize(
             show_fit(fitted)
             bits, embeddings, head = fitted.best.bits, fitted.best.outside, fitted.best.outside
         planned = None if plan is None else Plan.read(plan)
-        if bits is None:
+        if bits is None and codec != "auto":
+            bits = get_codec(codec).bits
+        elif bits is None:
             bits = 3 if planned is None else planned.bits
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
         settings = Settings(

@@ -71,9 +71,8 @@ class Settings:
         if self.codec == "auto":
             check_bits(self.bits)
         elif get_codec(self.codec).bits != self.bits:
-            raise GlqError(
-                f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: ask for its bits"
-            )
+            own = f"{CODECS[self.codec].bits:g}"
+            raise GlqError(f"codec {self.codec!r} stores {own} bits, not {self.bits:g}: ask for {own} (--bits {own})")
         for _, codec in self.layers:
             get_codec(codec)
         for bits in (self.embeddings, self.head):
