@@ -54,7 +54,7 @@ def heat(rows: dict[str, list[float | None]], x_label: str, unit: str) -> str:
         parts.append(f'<text class="tick" x="{left + (c + 0.5) * step:.1f}" y="{bottom + 14}">{c}</text>')
     parts.append(f'<text class="axis" x="{(left + WIDTH) / 2:.0f}" y="{bottom + 32}">{escape(x_label)}</text>')
     for i, value in enumerate((1.5, 2, 3, 4)):
-        x, y = WIDTH - _RIGHT - 66 * (4 - i), bottom + 20
+        x, y = WIDTH - _RIGHT - 54 * (4 - i), bottom + 20
         parts.append(
             f'<rect class="cell key" x="{x}" y="{y}" width="16" height="14" fill-opacity="{_opacity(value)}"/>'
         )
