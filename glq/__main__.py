@@ -11,6 +11,8 @@ def main() -> None:
         from glq.errors import how_to_install
 
         sys.exit(f"glq: the command line needs {error.name}: {how_to_install('hf')}")
+    except KeyboardInterrupt:  # while it starts; typer catches a later one
+        sys.exit(130)
     app()
 
 

@@ -49,8 +49,11 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None, ct
     body = ctx - len(prefix)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // body
-    if count is None and not available:
-        raise GlqError(f"the text is too short: it has {len(ids)} tokens, a window takes {body}. Give a longer text")
+    if not available:
+        raise GlqError(
+            f"the text is too short: it has {len(ids)} tokens, a window takes {body}. Give a longer text, or a shorter "
+            "--ctx"
+        )
     count = available if count is None else count
     if available < count:
         raise GlqError(

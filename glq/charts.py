@@ -31,7 +31,7 @@ def lines(series: dict[str, list[float | None]], x_label: str, y_label: str) -> 
 
 
 def heat(rows: dict[str, list[float | None]], x_label: str, unit: str) -> str:
-    """A grid of cells, a row for each name, darker for more; the range of colours is that of 1.5 to 4."""
+    """A grid of cells, a row for each name, darker for more, and what the colours mean, from 1.5 to 4."""
     left, cell_h = 150, 22
     length = max((len(cells) for cells in rows.values()), default=0)
     if not length:
@@ -43,10 +43,9 @@ def heat(rows: dict[str, list[float | None]], x_label: str, unit: str) -> str:
         parts.append(f'<text class="label" x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
         for c, value in enumerate(cells):
             if value is not None:
-                strength = min(1.0, max(0.0, (value - 1.25) / 2.75))
                 parts.append(
                     f'<rect class="cell" x="{left + c * step:.1f}" y="{y}" width="{max(1.0, step - 1):.1f}" '
-                    f'height="{cell_h - 2}" fill-opacity="{0.12 + 0.88 * strength:.2f}">'
+                    f'height="{cell_h - 2}" fill-opacity="{_opacity(value):.2f}">'
                     f"<title>{escape(name)}, block {c}: {value:.4g} {escape(unit)}</title></rect>"
                 )
     bottom = _TOP + len(rows) * cell_h
@@ -54,7 +53,17 @@ def heat(rows: dict[str, list[float | None]], x_label: str, unit: str) -> str:
     for c in range(0, length, every):
         parts.append(f'<text class="tick" x="{left + (c + 0.5) * step:.1f}" y="{bottom + 14}">{c}</text>')
     parts.append(f'<text class="axis" x="{(left + WIDTH) / 2:.0f}" y="{bottom + 32}">{escape(x_label)}</text>')
+    for i, value in enumerate((1.5, 2, 3, 4)):
+        x, y = WIDTH - _RIGHT - 54 * (4 - i), bottom + 20
+        parts.append(
+            f'<rect class="cell key" x="{x}" y="{y}" width="16" height="14" fill-opacity="{_opacity(value)}"/>'
+        )
+        parts.append(f'<text x="{x + 20}" y="{y + 12}">{value:g}</text>')
     return _svg(parts, bottom + 40, f"{unit} of each layer, by kind and block")
+
+
+def _opacity(bits: float) -> float:
+    return round(0.12 + 0.88 * min(1.0, max(0.0, (bits - 1.25) / 2.75)), 2)
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str) -> str:

@@ -12,7 +12,16 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from glq import __version__
-from glq.arguments import parse_bytes, refuse_existing, refuse_no_model, refuse_no_text
+from glq.arguments import (
+    SHORTEST,
+    format_bytes,
+    parse_bytes,
+    refuse_below,
+    refuse_existing,
+    refuse_no_model,
+    refuse_no_text,
+    refuse_no_window,
+)
 from glq.commands import doctor, evaluate, plan, publish, talk
 from glq.commands.console import out as _out
 from glq.commands.console import plain_errors as _plain_errors
@@ -61,9 +70,11 @@ def quantize(
     model: _Model,
     out: _Out,
     bits: Annotated[
-        float | None, typer.Option(help="bits a weight, any figure from 1.5 to 4; default: 3, or the plan's")
+        float | None, typer.Option(help="bits a weight, 1.5 to 4; default: 3, or those of the codec or plan")
     ] = None,
-    codec: Annotated[str, typer.Option(help="codec by name; auto takes the best at this rate")] = "auto",
+    codec: Annotated[
+        str, typer.Option(help="auto: the best at its rate; fast ones: e8-1.5, e8-2, nested-3, nested-3.5, nested-4")
+    ] = "auto",
     layer: Annotated[
         list[str] | None, typer.Option(help="PATTERN=CODEC for layers whose names match; may be repeated")
     ] = None,
@@ -100,6 +111,7 @@ def quantize(
         refuse_no_model(model)
         refuse_existing(out)
         refuse_no_text(calibration)
+        refuse_no_window(tokens, ctx, least=SHORTEST)
         if fit is not None:
             parse_bytes(fit)
         if bits is not None and not 1.5 <= bits <= 4:
@@ -109,8 +121,10 @@ def quantize(
 
     with _plain_errors(check):
         from glq.allocation import Plan
+        from glq.codecs import get_codec
         from glq.machine import keep_large_tensors_off_the_heap
         from glq.pipeline import Settings
+        from glq.recipe import goes_on
         from glq.recipe import quantize as run
         from glq.tuning import TuneSettings
 
@@ -121,7 +135,9 @@ def quantize(
             show_fit(fitted)
             bits, embeddings, head = fitted.best.bits, fitted.best.outside, fitted.best.outside
         planned = None if plan is None else Plan.read(plan)
-        if bits is None:
+        if bits is None and codec != "auto":
+            bits = get_codec(codec).bits
+        elif bits is None:
             bits = 3 if planned is None else planned.bits
         exceptions = tuple((pattern, name) for pattern, _, name in (entry.partition("=") for entry in layer or ()))
         settings = Settings(
@@ -136,7 +152,7 @@ def quantize(
             tensor_parallel=tp,
             side_by_side=side_by_side,
         )
-        with _progress(log_json) as listener:
+        with _progress(log_json, lambda: goes_on(out)) as listener:
             result = run(
                 model,
                 out,
@@ -153,9 +169,14 @@ def quantize(
             )
         tuned = "" if result.tuned is None else f", held-out KL {result.tuned[0]:.4f} → {result.tuned[1]:.4f}"
         _say(
-            f"{result.path}: {result.bits:.3f} stored bits a weight, {result.seconds:.0f} s, "
-            f"peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
+            f"{result.path}: {result.bits:.3f} stored bits a weight, {format_bytes(result.file_bytes)}, "
+            f"{result.seconds:.0f} s, peak memory {result.peak_bytes / 1e9:.2f} GB{tuned}"
         )
+        if settings.embeddings is None and 4 * result.other_bytes > result.file_bytes:
+            _say(
+                f"{format_bytes(result.other_bytes)} of it stay in 16 bits, embeddings above all: "
+                "--embeddings 4 --head 4 packs these, too"
+            )
         if result.left:
             _say(_left(result.left))
         for name, found in list(result.findings.items())[:5]:
@@ -213,7 +234,7 @@ def generate(
     ] = None,
 ) -> None:
     """Complete a prompt, greedily."""
-    with _plain_errors():
+    with _plain_errors(lambda: refuse_below(1, max_tokens=max_tokens)):
         from transformers import TextStreamer
 
         from glq.hf_integration import load
@@ -223,7 +244,6 @@ def generate(
 
         if kv_bits is not None:
             kv_codec(kv_bits)  # refused before anything is loaded
-        loaded = load(model, device=device)
         tokenizer = load_tokenizer(resolve(model))
         if chat and not tokenizer.chat_template:
             raise GlqError(f"{model} has no chat template: leave out --chat")
@@ -231,10 +251,15 @@ def generate(
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+        if not inputs["input_ids"].numel():
+            raise GlqError("the prompt is empty: give a text to go on from")
+        loaded = load(model, device=device)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         cache = {} if kv_bits is None else {cache_keyword(loaded): GlqCache(kv_bits, model=loaded)}
-        loaded.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer, **cache)
+        loaded.generate(
+            **inputs.to(loaded.device), max_new_tokens=max_tokens, do_sample=False, streamer=streamer, **cache
+        )
 
 
 @app.command()

@@ -79,6 +79,17 @@ def system() -> dict[str, str]:
     }
 
 
+def busy() -> str | None:
+    """What to do where other work has the cores: threads that wait for each other by spinning are then slow."""
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    if load < cores / 2:
+        return None
+    threads = max(1, cores - round(load))
+    return (
+        f"other work has {load:.1f} of {cores} cores: OMP_NUM_THREADS={threads} glq … may be several times faster here"
+    )
+
+
 def driver_version() -> str | None:
     """By NVML, which comes with the driver."""
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from glq.arguments import refuse_no_window
 from glq.calibration import read_text, windows
 from glq.errors import GlqError
 from glq.hf_integration import load
@@ -48,17 +49,18 @@ def evaluate(
     text is a UTF-8 file; without one, a public-domain text that the package ships, none of it in the calibration text.
     GlqError if the vocabularies differ or the text is too short.
     """
+    refuse_no_window(tokens, ctx)
     where = pick_device(device)
     content = read_text(text, default="evaluation")
     tokenizer = load_tokenizer(resolve(reference))
-    batches = windows(tokenizer, content, max(1, tokens // ctx), ctx, spread=False).to(where)
+    batches = windows(tokenizer, content, tokens // ctx, ctx, spread=False).to(where)
     names = [reference, *models]
+    progress(0, len(batches))
     loaded = [load(name, device=where, dtype=dtype) for name in names]
     tallies = [_Tally() for _ in names]
-    for done, window in enumerate(batches):
-        progress(done, len(batches))
+    for done, window in enumerate(batches, 1):
         _compare(loaded, tallies, window)
-    progress(len(batches), len(batches))
+        progress(done, len(batches))
     return [tally.score(_weight_bytes(resolve(name))) for tally, name in zip(tallies, names, strict=True)]
 
 

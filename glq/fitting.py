@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glq.arguments import format_bytes
 from glq.codecs import DEFAULT_CODECS
 from glq.embedding import embedding_scale
 from glq.errors import GlqError
-from glq.footprint import Footprint, Rates, context_bytes, weight_bytes
+from glq.footprint import WORKSPACE, Footprint, Rates, context_bytes, weight_bytes
 from glq.hub import resolve
 from glq.pipeline import Settings
 from glq.source import SourceModel
@@ -95,10 +96,15 @@ def fit(model: str | Path, memory: int, context: int, kv_bits: int | None = None
     if not fitting:
         least = min(options, key=lambda o: o.footprint.total)
         part = least.footprint
-        sizes = f"{part.weights / 1e9:.2f} GB of weights, {part.kv / 1e9:.2f} of KV cache"
+        rate = f"{least.bits:g} bits" + (
+            "" if least.outside is None else f", embeddings and lm_head at {least.outside},"
+        )
+        weights, cache, way = map(format_bytes, (part.weights, part.kv, part.activations))
+        alone = part.weights + WORKSPACE > usable
         raise GlqError(
-            f"{model} does not fit into {memory / 1e9:.2f} GB: at {least.bits} bits it takes {sizes} and "
-            f"{part.activations / 1e9:.2f} of activations, and {LEFT:.0%} are left free. Take a shorter --context"
+            f"{model} does not fit into {format_bytes(memory)}: at {rate} it takes {weights} of weights, {cache} of KV "
+            f"cache and {way} of activations, and {LEFT:.0%} are left free. "
+            + ("No --context is short enough: take a smaller model" if alone else "Take a shorter --context")
         )
     return Fit(str(model), memory, context, kv_bits, plain, tuple(options), _best(fitting))
 

@@ -1,5 +1,6 @@
 """`import glq.hf_integration` lets transformers load glq checkpoints: AutoModelForCausalLM.from_pretrained(DIR)."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from glq.quant_experts import ExpertsPart, QuantExperts
 from glq.upstream.format import UpstreamConfig
 from glq.upstream.placing import UpstreamPlacing
 from glq.upstream.placing import dequantize as dequantize_upstream
+
+_SLOW = "glq has no kernels for CPUs, where packed weights are decoded at every step"  # `load` is not slow
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -122,6 +125,8 @@ class GlqHfQuantizer(HfQuantizer):
                 module.join()
         fuse(model)
         decode_in_graphs(model)
+        if not torch.cuda.is_available():
+            warnings.warn(f"{_SLOW}: `model = model.dequantize()`, or glq.load, decodes them once", stacklevel=2)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -181,7 +186,11 @@ def load(
     wanted = dtype or (torch.float32 if where.type == "cpu" else "auto")
     path = resolve(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=False, use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _SLOW)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=wanted, trust_remote_code=False, use_safetensors=True
+            )
     except GlqError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

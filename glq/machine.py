@@ -21,7 +21,9 @@ def pick_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise GlqError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        why = "there is none of that name, name cuda or cpu" if why.startswith("Expected one of") else why
+        raise GlqError(f"device {device!r} cannot be used: {why}") from error
     return torch.device(device)
 
 

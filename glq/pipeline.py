@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glq import __version__
+from glq.arguments import SHORTEST, refuse_no_window
 from glq.calibration import Group, microbatches, read_text, walk, windows
 from glq.cluster import workers_of
 from glq.codecs import CODECS, DEFAULT_CODECS, get_codec
@@ -71,9 +72,8 @@ class Settings:
         if self.codec == "auto":
             check_bits(self.bits)
         elif get_codec(self.codec).bits != self.bits:
-            raise GlqError(
-                f"codec {self.codec!r} stores {CODECS[self.codec].bits} bits, not {self.bits}: ask for its bits"
-            )
+            own = f"{CODECS[self.codec].bits:g}"
+            raise GlqError(f"codec {self.codec!r} stores {own} bits, not {self.bits:g}: ask for {own} (--bits {own})")
         for _, codec in self.layers:
             get_codec(codec)
         for bits in (self.embeddings, self.head):
@@ -81,10 +81,7 @@ class Settings:
                 rate_codec(bits)
         if self.tensor_parallel < 1:
             raise GlqError(f"tensor-parallel ranks must be at least 1, found {self.tensor_parallel}")
-        if self.ctx < 16 or (self.tokens is not None and self.tokens < self.ctx):
-            raise GlqError(
-                f"calibration needs ctx ≥ 16 and tokens ≥ ctx, found ctx {self.ctx} and tokens {self.tokens}"
-            )
+        refuse_no_window(self.tokens, self.ctx, least=SHORTEST)
 
     def codec_of(self, layer: str) -> str:
         """The codec of a layer by its full name. GlqError if no codec has this rate and the layer is not named."""
@@ -111,6 +108,8 @@ class Result:
     unreached: dict[str, int] = field(default_factory=dict)  # experts that the calibration hardly reached: its tokens
     left: dict[str, str] = field(default_factory=dict)  # matrices that stay as they are, and why
     findings: dict[str, list[str]] = field(default_factory=dict)  # what could be wrong, by layers' or blocks' names
+    file_bytes: int = 0  # of the weight files
+    other_bytes: int = 0  # of them, what is not quantized
 
 
 def round_model(

@@ -10,7 +10,7 @@ from glq.checkpoint import inspect
 from glq.errors import GlqError
 from glq.hub import resolve
 
-_KEPT = ("license", "license_name", "license_link", "language")
+_KEPT = ("license", "license_name", "license_link", "language", "base_model")
 
 
 def base_model(model: str | Path) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def base_model(model: str | Path) -> dict[str, Any]:
         "name": str(model) if on_hub else _own_name(data, path),
         "on_hub": on_hub,
         "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "chat": _has_chat_template(path),
     }
     return base | {key: data.get(key) for key in _KEPT} | {"license_files": [f.name for f in path.glob("LICENSE*")]}
 
@@ -69,6 +70,12 @@ def _card_data(card: Path) -> dict[str, Any]:
         return dict(ModelCard(card.read_text(encoding="utf-8", errors="replace")).data.to_dict())
     except Exception:  # noqa: BLE001 (whatever a stranger's YAML raises, it is not needed)
         return {}
+
+
+def _has_chat_template(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return inside or (path / "chat_template.jinja").is_file()
 
 
 def _own_name(data: dict[str, Any], path: Path) -> str:

@@ -17,6 +17,7 @@ from glq.rendering import write_pages
 from glq.report import make_report
 from glq.spread import pick_devices
 from glq.tuning import TuneSettings, split_text, tune
+from glq.unfinished import folder_of
 
 
 def quantize(
@@ -98,12 +99,21 @@ def quantize(
         tuned=result.tuned,
     )
     write_pages(out, report)
-    return result
+    return replace(result, **{key: report["sizes"][key] for key in ("file_bytes", "other_bytes")})
+
+
+def goes_on(out: Path) -> bool:
+    """Whether rounding that was stopped lies there, with which the same command goes on."""
+    return any(folder_of(folder).exists() for folder in (out, _place_of_untuned(out)))
+
+
+def _place_of_untuned(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.untuned"
 
 
 def _untuned(out: Path) -> Path:
     """Where the checkpoint lies that is tuned then. One that is whole is of a run that was stopped while it tuned."""
-    folder = out.absolute().parent / f".{out.name}.untuned"
+    folder = _place_of_untuned(out)
     if folder.exists():
         shutil.rmtree(folder)
     return folder

@@ -6,8 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from glq.arguments import format_bytes
 from glq.charts import heat, lines, scatter
-from glq.report import add_scores, read_report, write_json
+from glq.report import add_scores, headline, read_report, write_json
 
 PAGE, CARD = "report.html", "README.md"
 MARK = "<!-- written by glq: edits below are kept only if this line is removed -->"
@@ -52,14 +53,14 @@ def write_scores(path: Path, scores: list[dict[str, Any]]) -> None:
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
-    """What every page tells: size, original size where it is known, the latest score."""
+    """What every page tells: size, original size where it is known, the score of the most tokens."""
     original = report["base"].get("bytes")
     size = report["sizes"]["file_bytes"]
     return {
         "size": size,
         "original": original,
         "ratio": original / size if original else None,
-        "score": report["scores"][-1] if report["scores"] else None,
+        "score": headline(report),
     }
 
 
@@ -93,13 +94,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["bytes"] = _bytes
+    environment.filters["bytes"] = format_bytes
     environment.filters["figure"] = lambda x: f"{x:,.2f}" if x < 1e5 else f"{x:.2e}"
     environment.filters["duration"] = lambda s: f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min"
     return environment
-
-
-def _bytes(count: float) -> str:
-    return (
-        f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
-    )

@@ -102,6 +102,11 @@ def add_scores(report: dict[str, Any], scores: list[dict[str, Any]]) -> dict[str
     return report | {"scores": [s for s in report["scores"] if _judge(s) not in new] + scores}
 
 
+def headline(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures that a page shows first: of the most tokens, and of those the latest."""
+    return max(reversed(report["scores"]), key=lambda score: score["tokens"], default=None)
+
+
 def _judge(score: dict[str, Any]) -> tuple[Any, ...]:
     return score["text_sha256"], score["tokens"], score["ctx"]
 

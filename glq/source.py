@@ -335,7 +335,9 @@ def _quant_method(path: Path) -> Any:
         raise GlqError(f"{path} has no config.json: it is not a Hugging Face model directory")
     try:
         quantization = read_json(file).get("quantization_config")
-    except (ValueError, AttributeError, TypeError) as error:
+    except GlqError:
+        raise
+    except (AttributeError, TypeError) as error:
         raise _unreadable(path, error) from error
     return quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
 

@@ -1,11 +1,13 @@
-"""A stand-in for the Hugging Face hub on localhost: what an upload of a folder needs, kept in memory."""
+"""A stand-in for the Hugging Face hub on localhost: what uploads and downloads of a folder need, kept in memory."""
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 
 class Hub:
@@ -18,19 +20,28 @@ class Hub:
         self.refused: set[str] = set()
         self.url = ""
 
+    def commit(self, name: str) -> str:
+        """Changes whenever a file does, as downloads are kept by it."""
+        files = sorted((file, hashlib.sha256(content).hexdigest()) for file, content in self.repos[name].items())
+        return hashlib.sha1(json.dumps(files).encode()).hexdigest()
+
 
 def _handler(hub: Hub):
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-        def _answer(self, content, status=200):
-            body = json.dumps(content).encode()
+        def _answer(self, content, status=200, headers=()):
+            self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json", **dict(headers)})
+
+        def _send(self, body, status, headers):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            for key, value in headers.items():
+                self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -80,9 +91,8 @@ def _handler(hub: Hub):
                         hub.repos[name][value["path"]] = base64.b64decode(value["content"])
                     elif entry["key"] == "lfsFile":
                         hub.repos[name][value["path"]] = hub.objects[value["oid"]]
-                return self._answer(
-                    {"success": True, "commitOid": "0" * 40, "commitUrl": f"{hub.url}/{name}/commit/{'0' * 40}"}
-                )
+                oid = hub.commit(name)
+                return self._answer({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
             return self._answer({"error": f"not of this stand-in: {path}"}, 404)
 
         def do_PUT(self):
@@ -92,11 +102,42 @@ def _handler(hub: Hub):
             self._answer({})
 
         def do_GET(self):
-            name = "/".join(self.path.split("?")[0].split("/")[3:5])
-            if self.path.startswith("/api/models/") and name in hub.repos:
-                siblings = [{"rfilename": file} for file in hub.repos[name]]
-                return self._answer({"id": name, "sha": "0" * 40, "siblings": siblings})
-            return self._answer({"error": "Repository Not Found"}, 404)
+            path = unquote(self.path.split("?")[0])
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+(/.*)?)?", path):
+                return self._describe(match[1], match[2] or "", match[3])
+            if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+                return self._file(match[1], match[2])
+            return self._answer({"error": f"not of this stand-in: {path}"}, 404)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def _missing(self, code):
+            return self._answer({"error": code}, 404, {"X-Error-Code": code})
+
+        def _describe(self, name, what, folder):
+            if name not in hub.repos:
+                return self._missing("RepoNotFound")
+            if folder is not None:  # repositories are flat here
+                return self._missing("EntryNotFound")
+            files = hub.repos[name]
+            if what.startswith("/tree/"):
+                tree = [
+                    {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for file, content in files.items()
+                ]
+                return self._answer(tree)
+            siblings = [{"rfilename": file} for file in files]
+            return self._answer({"id": name, "sha": hub.commit(name), "siblings": siblings, "private": False})
+
+        def _file(self, name, file):
+            if name not in hub.repos:
+                return self._missing("RepoNotFound")
+            if file not in hub.repos[name]:
+                return self._missing("EntryNotFound")
+            content = hub.repos[name][file]
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self._send(content, 200, {"ETag": etag, "X-Repo-Commit": hub.commit(name)})
 
     return Handler
 
@@ -119,7 +160,8 @@ def running():
 if __name__ == "__main__":
     with running() as here:
         print(
-            f"glq push out me/model --endpoint {here.url}    # with HF_TOKEN set to anything; Ctrl-C ends this",
+            f"HF_TOKEN=any glq push out me/model --endpoint {here.url}    # Ctrl-C ends this\n"
+            f"HF_ENDPOINT={here.url} glq chat me/model",
             flush=True,
         )
         threading.Event().wait()

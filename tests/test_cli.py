@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 import glq
 from glq.cli import app
 from glq.evaluation import evaluate
+from glq.pipeline import Result
+from glq.progress import Progress as Step
+from glq.unfinished import folder_of
 
 runner = CliRunner()
 
@@ -26,6 +29,55 @@ def test_quantize_writes_the_same_bytes_as_the_api(tiny_model, tiny_checkpoint, 
     output = run("quantize", tiny_model, tmp_path / "out", *options)
     assert "stored bits a weight" in output
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
+
+
+def test_a_codec_brings_its_bits(monkeypatch, tiny_model, tmp_path):
+    asked = {}
+
+    def record(model, out, settings, **_):
+        asked["settings"] = settings
+        return Result(out, 4.025, 0.0, 0, {}, file_bytes=1000, other_bytes=600)
+
+    monkeypatch.setattr("glq.recipe.quantize", record)
+    output = run("quantize", tiny_model, tmp_path / "out", "--codec", "nested-4")
+    assert (asked["settings"].bits, asked["settings"].codec) == (4, "nested-4")
+    assert "4.025 stored bits a weight, 1,000 bytes" in output
+    assert "600 bytes of it stay in 16 bits" in output
+    assert "--embeddings 4" in output
+
+
+def test_ctrl_c_says_where_it_stopped_and_the_next_run_that_it_goes_on(monkeypatch, tiny_model, tmp_path):
+    out = tmp_path / "out"
+
+    def stopped(model, out, settings, *, progress, **_):
+        progress(Step("rounding", 3, 8, ""))
+        if not out.exists():
+            out.mkdir()
+            folder_of(out).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glq.recipe.quantize", stopped)
+    result = runner.invoke(app, ["quantize", str(tiny_model), str(out)])
+    assert result.exit_code == 130
+    assert "going on after 2 of 8 that a run before did" in result.stderr
+    assert "stopped: rounding, 3 of 8. The same command goes on at the last saved block" in result.stderr
+    folder_of(out).rmdir()
+    result = runner.invoke(app, ["quantize", str(tiny_model), str(out)])
+    assert "stopped: rounding, 3 of 8. Nothing of it is kept" in result.stderr
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'glq.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from glq.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_info_counts_the_files(tiny_checkpoint):
@@ -113,10 +165,22 @@ def test_a_log_has_a_line_now_and_then_with_the_time_that_is_left(capfd, monkeyp
         (["eval", "nodir"], "there is no directory nodir"),
         (["push", "nodir", "me/x"], "there is no directory nodir"),
         (["compare", "nodir"], "there is no directory nodir"),
+        (["compare", "MODEL", "MODEL"], "is named twice"),
+        (["quantize", "MODEL", "a-file"], "a-file is a file: name the directory to write"),
+        (["quantize", "MODEL", "out", "--calibration", "."], ". is a directory: name a UTF-8 text file"),
+        (["quantize", "MODEL", "out", "--ctx", "0"], "at least 16 tokens, found --ctx 0"),
+        (["quantize", "MODEL", "out", "--codec", "nested-4", "--bits", "3"], "stores 4 bits, not 3: ask for 4"),
+        (["quantize", "MODEL", "out", "--fit", "12"], "found '12': 12GB?"),
+        (["eval", "MODEL", "--reference", "MODEL", "--tokens", "0"], "0 tokens are less than a window of 1024"),
+        (["eval", "MODEL", "--reference", "MODEL", "--json", "no/x.json"], "there is no directory no for --json"),
+        (["generate", "MODEL", "w1", "--max-tokens", "0"], "--max-tokens must be at least 1, found 0"),
+        (["chat", "MODEL", "--max-tokens", "-3"], "--max-tokens must be at least 1, found -3"),
+        (["chat", "MODEL", "--temperature", "-1"], "--temperature must be at least 0, found -1"),
     ],
 )
 def test_a_slip_is_told_in_a_line(arguments, said, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("")
     result = runner.invoke(app, [argument.replace("MODEL", str(tiny_model)) for argument in arguments])
     assert result.exit_code == 2
     assert said in result.stderr

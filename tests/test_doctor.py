@@ -54,6 +54,16 @@ def test_a_wrong_kernel_is_named_and_the_exit_code_says_so(monkeypatch):
     assert "ZeroDivisionError" in result.output
 
 
+def test_cores_that_others_have_are_told(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (6.2, 0, 0))
+    assert doctor.busy() == ("other work has 6.2 of 8 cores: OMP_NUM_THREADS=2 glq … may be several times faster here")
+    monkeypatch.setattr("os.getloadavg", lambda: (20.0, 0, 0))
+    assert "OMP_NUM_THREADS=1 " in doctor.busy()
+    monkeypatch.setattr("os.getloadavg", lambda: (1.0, 0, 0))
+    assert doctor.busy() is None
+
+
 def test_reasons_for_each_family(monkeypatch):
     monkeypatch.setattr(doctor, "has_cuda_kernel", lambda x, codec: True)
     monkeypatch.setattr(doctor, "has_triton_kernel", lambda device, codec: True)

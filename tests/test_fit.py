@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import glq.hf_integration  # noqa: F401
 from glq import GlqCache, GlqError, Settings, footprint, quantize
-from glq.arguments import parse_bytes
+from glq.arguments import format_bytes, parse_bytes
 from glq.cli import app
 from glq.fitting import Option, _best, fit
 from glq.footprint import Footprint, Rates, _Tally, context_bytes, weight_bytes
@@ -110,9 +110,11 @@ def test_amounts_of_memory():
     assert parse_bytes("12GB") == 12 * 10**9
     assert parse_bytes(" 1.5 GiB") == 3 * 2**29
     assert parse_bytes("800mb") == 8 * 10**8
-    for wrong in ("", "12 gigs", "-3GB", "0GB", "1e9"):
+    assert parse_bytes("500B") == 500
+    for wrong in ("", "12 gigs", "-3GB", "0GB", "1e9", "12", "12iB"):
         with pytest.raises(GlqError, match="an amount of memory is like"):
             parse_bytes(wrong)
+    assert [format_bytes(n) for n in (999, 950_000, 12 * 10**9)] == ["999 bytes", "0.9 MB", "12.00 GB"]
 
 
 def test_embeddings_are_packed_where_that_gains_half_a_bit():
@@ -130,8 +132,10 @@ def test_the_highest_rate_that_fits_is_taken(tiny_model):
     tight = fit(tiny_model, int(least / 0.95) + 1, CONTEXT)
     assert tight.best.bits == 1.5
     assert tight.best.footprint.total == least
-    with pytest.raises(GlqError, match="does not fit into .* at 1.5 bits it takes .* Take a shorter --context"):
+    with pytest.raises(GlqError, match="does not fit into 36.* MB: at 1.5 bits.* it takes .* Take a shorter --context"):
         fit(tiny_model, int(least / 0.95) - 100, CONTEXT)
+    with pytest.raises(GlqError, match="into 1.0 MB: .* No --context is short enough: take a smaller model"):
+        fit(tiny_model, 10**6, CONTEXT)
     with pytest.raises(GlqError, match="reads at most 256 tokens: --context 257 is more"):
         fit(tiny_model, 10**9, 257)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -293,13 +294,25 @@ def test_a_dead_channel_is_handled(tiny_model, text_file, tmp_path):
     assert torch.isfinite(load(tmp_path / "out")(torch.arange(60)[None]).logits).all()
 
 
+def test_what_is_slow_on_a_cpu_says_so_at_loading(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"no kernels for CPUs.* `model = model\.dequantize\(\)`, or glq\.load"):
+        AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        glq.load(tiny_checkpoint, device="cpu")
+    assert not [w for w in caught if "kernels" in str(w.message)]
+
+
 def test_settings_are_checked():
     with pytest.raises(GlqError, match="bits must lie between 1.5 and 4, found 5"):
         Settings(bits=5)
-    with pytest.raises(GlqError, match="codec 'e8-2' stores 2.0 bits, not 3"):
+    with pytest.raises(GlqError, match="codec 'e8-2' stores 2 bits, not 3: ask for 2 .--bits 2."):
         Settings(bits=3, codec="e8-2")
-    with pytest.raises(GlqError, match="tokens ≥ ctx"):
+    with pytest.raises(GlqError, match="100 tokens are less than a window of 1024"):
         Settings(tokens=100, ctx=1024)
+    with pytest.raises(GlqError, match="at least 16 tokens, found --ctx 0"):
+        Settings(ctx=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import hub_server
 import pytest
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from glq.cli import app
@@ -41,13 +43,41 @@ def test_every_file_arrives(hub, checkpoint):
     files = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.name != ".private"}
     assert hub.repos["me/tiny"] == files
     assert {"README.md", "report.html", "model.safetensors", "config.json"} <= files.keys()
-    assert b'from_pretrained("me/tiny")' in files["README.md"]
+    assert b'from_pretrained("me/tiny"' in files["README.md"]
+    assert b"<h1>me/tiny</h1>" in files["report.html"]
     assert hub.private["me/tiny"]
     assert hub.messages == ["the first"]
     assert hub.tokens == {"Bearer hf_of_a_test"}
     assert f"{hub.url}/me/tiny" in result.output
     assert "states no licence" in result.output
     assert "no figures" in result.output
+
+
+def test_what_was_pushed_comes_back(hub, checkpoint, tmp_path):
+    push(hub, checkpoint, "me/tiny")
+    options = {"endpoint": hub.url, "cache_dir": tmp_path / "cache"}
+    folder = Path(snapshot_download("me/tiny", **options))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == hub.repos["me/tiny"]
+    hub.repos["me/tiny"]["new.txt"] = b"later"
+    assert (Path(snapshot_download("me/tiny", **options)) / "new.txt").read_bytes() == b"later"
+    with pytest.raises(RepositoryNotFoundError):
+        snapshot_download("me/other", **options)
+
+
+def test_transformers_loads_what_was_pushed(hub, checkpoint, tmp_path):
+    """In a process of its own, as huggingface_hub reads its settings once."""
+    push(hub, checkpoint, "me/tiny")
+    code = (
+        "import glq.hf_integration\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained('me/tiny')\n"
+        "model = AutoModelForCausalLM.from_pretrained('me/tiny', device_map='cpu')\n"
+        "print(model.generate(**tokenizer('w1 w2', return_tensors='pt'), max_new_tokens=3).shape[1])"
+    )
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout.split() == ["5"]
 
 
 def test_a_damaged_checkpoint_stays_at_home(hub, checkpoint):
@@ -76,13 +106,13 @@ def test_what_the_hub_refuses_is_told_in_a_line(hub, checkpoint):
 
 
 def test_without_a_network_one_line_says_so_and_the_card_stays(checkpoint):
-    before = (checkpoint / "README.md").read_bytes()
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     result = runner.invoke(app, ["push", str(checkpoint), "me/x", "--endpoint", "http://127.0.0.1:9"])
     assert result.exit_code == 2
     assert "me/x was not uploaded, http://127.0.0.1:9 cannot be reached" in result.stderr
     assert "auth login" not in result.stderr
     assert result.stderr.count("\n") <= 2
-    assert (checkpoint / "README.md").read_bytes() == before
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
 
 
 def test_another_hub_is_spoken_to_without_xet(checkpoint):

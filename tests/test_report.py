@@ -22,7 +22,7 @@ runner = CliRunner()
 class Page(HTMLParser):
     """Fails where tags are not closed in their order; keeps text and what would be fetched."""
 
-    VOID = frozenset(("meta", "br", "link", "img", "rect", "circle", "line", "polyline"))
+    VOID = frozenset(("meta", "br", "link", "img", "rect", "circle", "line", "polyline", "wbr"))
 
     def __init__(self, html):
         super().__init__()
@@ -96,6 +96,8 @@ def test_the_page_shows_it(tiny_checkpoint):
     assert "Not evaluated yet" in text
     assert f"{report['sizes']['quantized_bytes']:,}" in text
     assert html.count('class="cell"') == 14
+    assert html.count('class="cell key"') == 4
+    assert "model.<wbr>layers.<wbr>1.<wbr>mlp.<wbr>up_proj" in html
     assert html.count('class="dot') == 2 * 4  # errors: of q/k/v and of gate/up as one, since they are the same
     error = report["layers"]["model.layers.1.mlp.up_proj"]["error"]
     assert f"<title>gate_proj, up_proj, block 1: {error:.4g}</title>" in html
@@ -123,6 +125,19 @@ def test_scores_on_the_same_text_are_replaced_and_tuning_drops_them(evaluated):
     tuned = after_tuning(report, "better", 0.3, 0.2)
     assert tuned["scores"] == []
     assert "from 0.3000 to 0.2000" in page(render_report(tuned))
+
+
+def test_the_run_of_most_tokens_stays_the_headline(evaluated, tmp_path):
+    from glq.report import add_scores
+
+    report = read_report(evaluated[0])
+    (entry,) = report["scores"]
+    few = add_scores(report, [entry | {"tokens": 63, "kl": 7.5}])
+    assert f"{entry['kl']:.4f} KL, nats a token" in page(render_report(few))
+    assert "7.5000" in render_report(few)  # in the table
+    assert "7.5000" not in render_card(few)
+    other = add_scores(report, [entry | {"text_sha256": "other", "kl": 7.5}])
+    assert "7.5000" in render_card(other)  # as many: the latest
 
 
 def test_names_are_text_and_never_markup(tiny_checkpoint):
@@ -153,11 +168,31 @@ def test_a_card_carries_the_licence_over(checkpoint, tmp_path):
     assert data["base_model"] == "org/model"
     assert data["tags"] == ["glq"]
     assert "vllm serve" in card.content
+    (original / "README.md").write_text("---\nlicense: mit\nmodel_name: Own\nbase_model: org/first\n---\n")
+    local = ModelCard(render_card(read_report(checkpoint) | {"base": base_model(original)}))
+    assert local.data.to_dict()["base_model"] == "org/first"
+    assert local.data.to_dict()["license"] == "mit"
+    assert "Own with its layers quantized" in local.content
     (original / "README.md").write_text("---\n: [\n---\n")
     assert base_model(original)["license"] is None
     plain = ModelCard((checkpoint / "README.md").read_text(encoding="utf-8"))
     assert "license" not in plain.data.to_dict()
     assert "look it up before you publish" in plain.content
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_code_of_a_card_runs(chat, checkpoint, capsys):
+    if chat:
+        (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    report = read_report(checkpoint) | {"name": str(checkpoint)}
+    card = render_card(report | {"base": report["base"] | {"chat": base_model(checkpoint)["chat"]}})
+    assert ("apply_chat_template" in card) == chat
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace('device_map="auto"', 'device_map="cpu"').replace(
+        "tokens = ", "model = model.dequantize()\ntokens = "
+    )
+    exec(compile(code, "card", "exec"), {})  # of a card that was just written
+    assert len(capsys.readouterr().out.split()) > 40
 
 
 def test_a_card_of_ones_own_stays(checkpoint):

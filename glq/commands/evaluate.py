@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from glq.arguments import refuse_no_model, refuse_no_text
-from glq.commands.console import bar, out, plain_errors, say
+from glq.arguments import refuse_below, refuse_no_model, refuse_no_text, refuse_no_window
+from glq.commands.console import out, plain_errors, progress, say
 from glq.errors import GlqError
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def evaluate(
             if name is not None:
                 refuse_no_model(name)
         refuse_no_text(text)
+        refuse_no_window(tokens, ctx)
+        refuse_below(1, limit=limit, batch=batch)
+        refuse_below(0, shots=shots)
+        if json_file is not None and not json_file.parent.is_dir():
+            raise GlqError(f"there is no directory {json_file.parent} for --json")
         if reference is None and tasks is None:
             raise GlqError("name the model before quantization, --reference, or benchmarks, --tasks hellaswag")
 
@@ -69,9 +74,9 @@ def _text_scores(
     reference: str, models: list[str], text: Path | None, tokens: int, ctx: int, device: str
 ) -> "list[Score]":
     from glq.evaluation import evaluate as run
+    from glq.progress import Progress
 
-    with bar() as shown:
-        task = shown.add_task("evaluating", total=None)
+    with progress() as show:
         return run(
             reference,
             list(models),
@@ -79,7 +84,7 @@ def _text_scores(
             tokens=tokens,
             ctx=ctx,
             device=device,
-            progress=lambda done, total: shown.update(task, completed=done, total=total),
+            progress=lambda done, total: show(Progress("evaluating", done, total, f"of {ctx} tokens")),
         )
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from glq.arguments import parse_bytes, refuse_no_model, refuse_no_text
+from glq.arguments import SHORTEST, format_bytes, parse_bytes, refuse_no_model, refuse_no_text, refuse_no_window
+from glq.commands.console import err, plain_errors, progress, say
 from glq.commands.console import out as console
-from glq.commands.console import plain_errors, progress, say
 from glq.errors import GlqError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def plan(
     def check() -> None:
         refuse_no_model(model)
         refuse_no_text(calibration)
+        refuse_no_window(tokens, ctx, least=SHORTEST)
         if fit is not None:
             parse_bytes(fit)
         if out is None and fit is None:
@@ -85,7 +86,8 @@ def choose(model: str, memory: str, context: int, kv_bits: int | None, *given: o
         raise GlqError("--fit chooses the bits of layers, embeddings and lm_head: leave these out, or leave out --fit")
     if kv_bits is not None:
         kv_codec(kv_bits)  # refused before the model is read
-    return fit(model, parse_bytes(memory), context, kv_bits)
+    with err.status("counting what every rate takes"):
+        return fit(model, parse_bytes(memory), context, kv_bits)
 
 
 def show_fit(fitted: "Fit") -> None:
@@ -105,9 +107,11 @@ def show_fit(fitted: "Fit") -> None:
     console.print(table)
     cache = "16-bit" if fitted.kv_bits is None else f"{fitted.kv_bits}-bit"
     say(
-        f"GB for {fitted.context:,} tokens of one sequence, {cache} cache; {fitted.memory / 1e9:.2f} GB less 5% "
+        f"GB for {fitted.context:,} tokens of one sequence, {cache} cache; {format_bytes(fitted.memory)} less 5% "
         "for CUDA itself"
     )
+    if fitted.kv_bits is not None:
+        say("activations: with what coding a prompt's keys and values takes, at most half a GB (docs/kv.md)")
     if fitted.original_fits:
         small = fitted.best.footprint.total < fitted.plain.total
         gain = "quantizing makes it smaller still:" if small else "and is smaller than what quantizing makes of it:"

@@ -19,7 +19,13 @@ def compare(
     as_json: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Several checkpoints side by side: sizes, and the figures of `glq eval`."""
-    with plain_errors():
+
+    def check() -> None:
+        for i, path in enumerate(models):
+            if any(path.resolve() == other.resolve() for other in models[:i]):
+                raise GlqError(f"{path} is named twice: a checkpoint is not compared with itself")
+
+    with plain_errors(check):
         from glq.rendering import render_comparison
         from glq.report import read_report
 
@@ -48,7 +54,7 @@ def push(
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with plain_errors():
         from glq.publishing import push as run
-        from glq.rendering import CARD, MARK, render_card
+        from glq.rendering import CARD, MARK, PAGE, write_pages
         from glq.report import REPORT, read_report
 
         if not model.is_dir():
@@ -56,25 +62,28 @@ def push(
         card = model / CARD
         if not card.is_file():
             raise GlqError(f"{model} has no {CARD}: quantize with this version of glq, or write a model card")
-        before = card.read_bytes()
-        text = before.decode("utf-8", errors="replace")
+        before = {file: file.read_bytes() for file in (card, model / PAGE, model / REPORT) if file.is_file()}
+        text = before[card].decode("utf-8", errors="replace")
         if MARK in text and "look it up before you publish" in text:
             say("the card states no licence: the original's directory had none")
         if MARK in text and "Not evaluated yet" in text:
             say(f"the card has no figures: glq eval {model} --reference ORIGINAL adds them")
-        if MARK in text and (model / REPORT).is_file():
-            card.write_text(render_card(read_report(model) | {"name": name}), encoding="utf-8")
+        if model / REPORT in before:
+            write_pages(model, read_report(model) | {"name": name})
         try:
             say(run(model, name, private=private, message=message, endpoint=endpoint))
         except BaseException:
-            card.write_bytes(before)  # nothing has that name
+            for file, content in before.items():  # nothing has that name
+                file.write_bytes(content)
             raise
 
 
 def _figures(report: dict[str, Any]) -> tuple[str, ...]:
+    from glq.report import headline
+
     size = f"{report['sizes']['file_bytes'] / 1e6:.1f}"
-    if not report["scores"]:
+    s = headline(report)
+    if s is None:
         return size, f"{report['bits']:.3f}", "", "", "", ""
-    s = report["scores"][-1]
     quality = (f"{s['perplexity']:.2f}", f"{s['kl']:.4f}", f"{s['kl_p99']:.3f}", f"{s['top1']:.1%}")
     return (size, f"{report['bits']:.3f}", *quality)

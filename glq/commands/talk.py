@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from glq.arguments import refuse_below, refuse_no_model
 from glq.commands.console import plain_errors, say
 from glq.errors import GlqError, how_to_install
 
@@ -25,7 +26,13 @@ def chat(
     kv_bits: Annotated[int | None, typer.Option(help="bits of the KV cache: 4, 3 or 2; default: 16 or 32")] = None,
 ) -> None:
     """Talk to a model in the terminal. /reset forgets, Ctrl-C stops an answer, /quit or Ctrl-D ends."""
-    with plain_errors():
+
+    def check() -> None:
+        refuse_no_model(model)
+        refuse_below(1, max_tokens=max_tokens)
+        refuse_below(0, temperature=temperature)
+
+    with plain_errors(check):
         from glq.chat import Chat
         from glq.hf_integration import load
         from glq.hub import load_tokenizer, resolve
