@@ -163,3 +163,18 @@ def smollm2() -> Path:
         spec.loader.exec_module(module)
         module.main(out)
     return out
+
+
+@pytest.fixture
+def refused(tiny_settings, text_file, tmp_path):
+    """Quantizing must fail with a short GlqError and leave nothing behind."""
+    from glq import GlqError, quantize
+
+    def check(model, match, settings=tiny_settings, calibration=text_file, device="cpu"):
+        with pytest.raises(GlqError, match=match) as info:
+            quantize(model, tmp_path / "out", settings, calibration=calibration, device=device)
+        assert str(info.value).count("\n") <= 1
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+    return check
