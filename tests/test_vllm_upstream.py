@@ -29,6 +29,7 @@ def test_packed_and_compiled(vllm, tmp_path):  # noqa: F811
     assert answer["calls"]["upstream_matmul"] > 0
 
 
+@pytest.mark.slow
 def test_ranks_get_shares_of_decoded_weights(vllm, tmp_path):  # noqa: F811
     model = llama(**HEADS)
     path, expected = write_model(tmp_path / "m", model, Writer("3inst", 4))
