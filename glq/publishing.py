@@ -1,9 +1,11 @@
 """From a checkpoint directory to the Hugging Face hub, and what its card says of the model that it was made from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from glq.checkpoint import inspect
@@ -32,7 +34,8 @@ def push(
 ) -> str:
     """Upload a checkpoint directory, after checking all of it; the address of what is there then.
 
-    GlqError if the directory is not whole, or the hub refuses.
+    endpoint: another hub than huggingface.co, which gets plain HTTP: any hub takes that, and few have Xet. GlqError if
+    the directory is not whole, or the hub refuses.
     """
     inspect(path)
     if name.count("/") != 1:
@@ -40,16 +43,27 @@ def push(
     api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        info = api.upload_folder(
-            repo_id=name,
-            folder_path=path,
-            commit_message=message or f"{path.name}: quantized by glq",
-            ignore_patterns=[".*"],
-        )
+        with _xet(disabled=constants.HF_HUB_DISABLE_XET or endpoint is not None):
+            info = api.upload_folder(
+                repo_id=name,
+                folder_path=path,
+                commit_message=message or f"{path.name}: quantized by glq",
+                ignore_patterns=[".*"],
+            )
     except Exception as error:  # the network's, too, of whatever library huggingface_hub has for it
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GlqError(f"{_what_failed(error, name, api.endpoint)}: {first.strip()[:300]}") from error
     return str(info.commit_url).rpartition("/commit/")[0] or name
+
+
+@contextmanager
+def _xet(disabled: bool) -> Iterator[None]:
+    """huggingface_hub decides by a constant, which no argument stands for, whether it uploads by Xet."""
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, disabled
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def _what_failed(error: Exception, name: str, hub: str) -> str:

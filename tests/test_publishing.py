@@ -21,7 +21,6 @@ runner = CliRunner()
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     with hub_server.running() as found:
         yield found

@@ -1,7 +1,6 @@
 """`glq compare` and `glq push`: what others see of a checkpoint."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +49,6 @@ def push(
     endpoint: Annotated[str | None, typer.Option(help="another hub than huggingface.co")] = None,
 ) -> None:
     """Upload a checkpoint with its card and report to the Hugging Face hub, after checking every byte."""
-    if endpoint is not None:  # plain HTTP, which any hub takes; huggingface_hub reads this when it is imported
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with plain_errors():
         from glq.publishing import push as run
         from glq.rendering import CARD, MARK, PAGE, write_pages

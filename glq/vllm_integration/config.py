@@ -42,10 +42,10 @@ class GlqVllmConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of a local checkpoint by their headers. GlqError names the first thing that is wrong."""
         text = None if hf_config is None else hf_config.get_text_config()
-        if text is not None and text.architectures == [GPT_OSS]:
-            text.architectures = [OWN_GPT_OSS]
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
         self.architecture = next(iter(getattr(text, "architectures", None) or ()), "")
+        if text is not None and self.architecture == GPT_OSS:
+            text.architectures = [OWN_GPT_OSS]
         self.blocks = getattr(text, "num_hidden_layers", 0)
         folder = Path(model_name)
         if (folder / INDEX).is_file() or (folder / SINGLE).is_file():  # not with load_format="dummy", and on the hub

@@ -23,7 +23,7 @@ from glq.vllm_integration import methods
 from glq.vllm_integration.parts import Part, Rank, cut, dequantize, runs
 
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}  # vLLM's names for gate and up, and for down
-_JOINED = {"w13": ("w13",), "w2": ("w2",)}  # where gate and up are one matrix, rows of both in turn
+_JOINED = {stem: (stem,) for stem in _SHARDS}  # where gate and up are one matrix, rows of both in turn
 
 
 class GlqExpertsMethod(FusedMoEMethodBase):
