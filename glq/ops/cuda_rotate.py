@@ -9,7 +9,8 @@ from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 FEW = 256  # tokens
-_RESIDENT = 6  # blocks of threads on a multiprocessor for more
+_TOGETHER = 8  # tokens of a block of threads at once, where there are more
+_CHUNK = 256 * (4 * _TOGETHER + 2)  # bytes of shared memory for 256 columns of them, and their signs
 
 
 def rotate_tiles(x: Input, signs: Tensor, block: int, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
@@ -46,11 +47,11 @@ def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout:
             in_features,
         )
     elif by_warps(block):
-        at_once = 8 // chunks
-        groups = -(-tokens // at_once)
-        turns = -(-groups // max(1, _RESIDENT * gpu.multiprocessors // blocks))
-        grid, shared = (-(-groups // turns), blocks), 2 * 4 * at_once * block
-        gpu.launch(source, "rotate_many", grid, 128, shared, x.first, signs, out, held, in_features, tokens)
+        groups, shared = -(-tokens // _TOGETHER), chunks * _CHUNK
+        resident = max(1, min(16 // chunks, gpu.shared_memory // (shared + nvrtc.RESERVED)))  # on a multiprocessor
+        turns = -(-groups // max(1, resident * gpu.multiprocessors // blocks))
+        grid = (-(-groups // turns), blocks)
+        gpu.launch(source, "rotate_many", grid, 32 * chunks, shared, x.first, signs, out, held, in_features, tokens)
     else:
         odd = odd_part(block)
         tensors = (x.first, signs, hartley(odd, torch.float32, x.device), out)

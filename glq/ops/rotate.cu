@@ -15,6 +15,20 @@ __device__ __forceinline__ size_t place(int col, int token, int held, int tiles)
   return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
+// Eight columns of a token, the first of which is a multiple of eight.
+__device__ __forceinline__ void put_eight(u16* out, int col, int token, int held, int tiles, const u32* pairs) {
+  u16* const to = out + place(col, token, held, tiles);
+  if (LAYOUT == SWIZZLED) {
+    *(uint2*)to = make_uint2(pairs[0], pairs[1]);
+    *(uint2*)(out + place(col + 4, token, held, tiles)) = make_uint2(pairs[2], pairs[3]);
+  } else if (LAYOUT == FRAGMENTS) {
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) *(u32*)(out + place(col + 2 * i, token, held, tiles)) = pairs[i];
+  } else {
+    *(uint4*)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
+
 // x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
 // One block of threads a token and block of columns; 2 · width floats of shared memory.
 extern "C" __global__ void __launch_bounds__(256)
@@ -127,66 +141,87 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
 #endif
 }
 
-// The same for many tokens: three passes through shared memory, with 16 columns a thread. Blocks of threads take AT_ONCE tokens
-// after the other, whose x comes while those before are transformed. 2 · AT_ONCE · WIDTH floats of shared memory.
-static constexpr int LANES = 16 * CHUNKS, AT_ONCE = 128 / LANES;
+// The same for many tokens, eight at once. Tensor cores transform along four bits of a column's number, which lie within 16 bytes of
+// four lanes: x as it is in memory is an operand. Along the others a lane has all values: first of the 256 columns of a warp,
+// then, through shared memory, of all CHUNKS. A lane's column of a token, by bits from the lowest: 0, 3 and 4 are those of the lane's
+// group of four, 1 that of the register, 2 that of one of two products, 5 to 7 that of one of eight times 16 bytes.
+static constexpr int TOGETHER = 8;           // tokens
+static constexpr int EIGHTHS = 64, SLOTS = EIGHTHS * TOGETHER;  // of a chunk: four columns of a token, of the same bits but 1 and 2
 
-// Where a column lies in shared memory, so that in no pass two lanes want the same bank.
-__device__ __forceinline__ int swizzled(int col) {
-  const int q = col / 16, at = q ^ (q / 16 & 1);
-  return at * 16 + ((col / 4 ^ q / 2) & 3) * 4 + col % 4;
-}
+// Where in a chunk four columns of a token lie: lanes that read or write at once differ in token or in its lowest bit, so in banks.
+__device__ __forceinline__ int slot_of(int four, int token) { return four * TOGETHER + (token ^ four % 2); }
 
-extern "C" __global__ void __launch_bounds__(128, 6)
+extern "C" __global__ void __launch_bounds__(32 * CHUNKS, 16 / CHUNKS)
 rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tokens) {
-  extern __shared__ __align__(128) float values[];
+  extern __shared__ __align__(128) float4 fours[];  // [CHUNKS][SLOTS], then which of two columns change their sign, [WIDTH / 2]
   let_next_start();
-  const int slot = threadIdx.x / LANES, lane = threadIdx.x % LANES, start = blockIdx.y * WIDTH, step = gridDim.x * AT_ONCE;
-  const u32 negative = *(const u16*)(signs + (start + 16 * lane) / 8);
-  uint4 raw[2] = {};
-  auto request = [&](int token) {
-    if (slot >= AT_ONCE || token >= tokens) return;
-    const uint4* const from = (const uint4*)(x + (size_t)token * cols + start + 16 * lane);
-    raw[0] = from[0], raw[1] = from[1];
+  u32* const negative = (u32*)(fours + CHUNKS * SLOTS);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, start = blockIdx.y * WIDTH;
+  for (int i = threadIdx.x; i < WIDTH / 2; i += 32 * CHUNKS) {
+    const u32 bits = signs[(start + 2 * i) / 8] >> (2 * i % 8);
+    negative[i] = (bits & 1) << 15 | (bits & 2) << 30;
+  }
+  u32 hadamard16[4];
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i % 2 * 8, k = 2 * t + i / 2 * 8;
+    hadamard16[i] = (BF16 ? 0x3F803F80u : 0x3C003C00u) | (u32)(__popc(row & k) & 1) << 15 | (u32)(__popc(row & (k + 1)) & 1) << 31;
+  }
+  uint4 raw[8];
+  auto request = [&](int first) {
+    const uint4* const from = (const uint4*)(x + (size_t)(first + g) * cols + start + 256 * warp + 8 * t);
+    #pragma unroll
+    for (int q = 0; q < 8; ++q) raw[q] = first + g < tokens ? from[4 * q] : make_uint4(0, 0, 0, 0);
   };
   wait_for_previous();
-  request(blockIdx.x * AT_ONCE + slot);
+  request(blockIdx.x * TOGETHER);
+  __syncthreads();
   #pragma unroll 1
-  for (int first = blockIdx.x * AT_ONCE, turn = 0; first < tokens; first += step, turn ^= 1) {
-    float* const now = values + turn * AT_ONCE * WIDTH, * const mine = now + slot * WIDTH;
-    float v[16];
-    if (slot < AT_ONCE) {
-      unpack_signed(v, raw[0], negative);
-      unpack_signed(v + 8, raw[1], negative >> 8);
-      request(first + step + slot);
-      hadamard<16>(v);
+  for (int first = blockIdx.x * TOGETHER; first < tokens; first += gridDim.x * TOGETHER) {
+    float v[4][16] = {};  // of bit 1, and the lower of two tokens or the other; bits 2, 5, 6, 7
+    #pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      const uint4 by = ((const uint4*)negative)[32 * warp + 4 * q + t];
       #pragma unroll
-      for (int i = 0; i < 16; i += 4) *(float4*)(mine + swizzled(16 * lane + i)) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+      for (int h = 0; h < 2; ++h) {
+        float sums[4] = {0, 0, 0, 0};
+        mma(sums, hadamard16, h ? raw[q].z ^ by.z : raw[q].x ^ by.x, h ? raw[q].w ^ by.w : raw[q].y ^ by.y);
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) v[e][2 * q + h] = sums[e];
+      }
     }
-    __syncthreads();
-    if (slot < AT_ONCE) {
-      const int col = lane / 16 * 256 + lane % 16;
+    request(first + gridDim.x * TOGETHER);
+    #pragma unroll
+    for (int e = 0; e < 4; ++e) hadamard<16>(v[e]);
+    #pragma unroll
+    for (int q = 0; q < 8; ++q)
       #pragma unroll
-      for (int i = 0; i < 16; ++i) v[i] = mine[swizzled(col + 16 * i)];
-      hadamard<16>(v);
-      #pragma unroll
-      for (int i = 0; i < 16; ++i) mine[swizzled(col + 16 * i)] = v[i];
-    }
+      for (int e = 0; e < 2; ++e)
+        fours[warp * SLOTS + slot_of(8 * q + g, 2 * t + e)] = make_float4(v[e][2 * q], v[2 + e][2 * q], v[e][2 * q + 1], v[2 + e][2 * q + 1]);
     __syncthreads();
-    for (int i = threadIdx.x; i < 128 * AT_ONCE; i += 128) {  // a thread has the same two columns of all chunks
-      const int token = first + i / 128, col = 2 * (i % 128);
-      if (token >= tokens) break;
-      float even[CHUNKS], odd[CHUNKS];
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
+      const int token = i % TOGETHER, eight = i / TOGETHER;  // columns
+      if (first + token >= tokens) continue;
+      float w[2][4][CHUNKS];
+      #pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        #pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+          const float4 four = fours[c * SLOTS + slot_of(2 * eight + e, token)];
+          w[e][0][c] = four.x, w[e][1][c] = four.y, w[e][2][c] = four.z, w[e][3][c] = four.w;
+        }
+        #pragma unroll
+        for (int j = 0; j < 4; ++j) across<CHUNKS>(w[e][j]);
+      }
       #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        const float2 two = *(const float2*)(now + i / 128 * WIDTH + swizzled(256 * c + col));
-        even[c] = two.x, odd[c] = two.y;
+        u32 pairs[4];
+        #pragma unroll
+        for (int j = 0; j < 4; ++j) pairs[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
+        put_eight(out + c * place(256, 0, held, cols / 64), start + 8 * eight, first + token, held, cols / 64, pairs);
       }
-      across<CHUNKS>(even);
-      across<CHUNKS>(odd);
-      #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c)
-        *(u32*)(out + place(start + 256 * c + col, token, held, cols / 64)) = pack16(even[c] * norm(), odd[c] * norm());
     }
+    __syncthreads();
   }
 }
