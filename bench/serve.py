@@ -1,7 +1,7 @@
 """Tokens a second, KV tokens and weights' memory in vLLM: random codes of a Llama's shape beside bf16 and GPTQ's int4.
 
     python bench/serve.py OUT.json [--weights bf16 int4 trellis-4 trellis-2] [--batch 1 8 32] [--prompt 128] [--new 128]
-        [--shape llama-3-8b | llama-3-70b] [--layers 20] [--tp 2]
+        [--shape llama-3-8b | llama-3-70b | qwen3-30b-a3b] [--layers 20] [--tp 2]
     python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 32768 --batch 1 8 --repeat 1
     python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 2048 --new 512 --batch 64 --kv-gib 8
 
@@ -78,6 +78,30 @@ def errors(worker: Any) -> dict[str, float]:
     return found
 
 
+def expert_errors(worker: Any) -> dict[str, float]:
+    """The same of the first packed experts on a rank: of all pairs of 1 to 2,500 tokens with eight of them each."""
+    import torch
+
+    from glq.ops.experts import experts_matmul, experts_reference
+    from glq.packed import PackedExperts
+
+    found: dict[str, float] = {}
+    for layer in [m for m in worker.get_model().modules() if hasattr(m, "glq_w13")][:1]:
+        for p in (*layer.glq_w13, *layer.glq_w2):
+            codes, scale, signs = getattr(layer, p.codes), getattr(layer, p.scale), getattr(layer, p.signs)[p.row]
+            experts, out = scale.shape
+            for tokens in (1, 8, 32, 600, 2500):
+                x = torch.randn(tokens, 8 * signs.numel(), device=codes.device, dtype=torch.bfloat16)
+                top_k = min(8, experts)
+                pairs = torch.rand(tokens, experts, device=codes.device).topk(top_k).indices.flatten()
+                packed = PackedExperts(p.codec, out, x.shape[1], p.block, codes, scale, signs)
+                exact = experts_reference(x.double(), packed, pairs, top_k)
+                y = experts_matmul(x, codes, scale, signs, pairs, top_k, p.codec, out, p.block)
+                error = ((y.double() - exact).norm() / exact.norm()).item()
+                found[f"{p.codes} {tokens}"] = error
+    return found
+
+
 def kv_errors(worker: Any) -> dict[str, Any]:
     """Of a rank's E8 KV cache: of codes to vectors, and of attention to what plain PyTorch has for the same pages."""
     import torch
@@ -117,7 +141,7 @@ def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[in
     backend: dict[str, Any] = {"distributed_executor_backend": "mp"} if args.tp > 1 else {}  # a rank alone does without
     if kv_bits:
         backend |= {"attention_backend": "CUSTOM", "additional_config": {"glq_kv_bits": int(kv_bits)}}
-    if args.shape == "tiny":
+    if args.shape.startswith("tiny"):
         from glq.vllm_integration import methods
 
         methods.decodes_once = lambda: False  # where VLLM_ENABLE_V1_MULTIPROCESSING=0 has a rank alone in this process
@@ -163,7 +187,7 @@ def check(llm: Any, expected: list[int] | None, args: argparse.Namespace) -> dic
         if any(found["attention"] > 0.01 or found["keys"] > 0.5 for found in row["kv_errors"]):
             raise SystemExit(f"{args.one}: relative errors of the KV cache are {row['kv_errors']}: not timed")
     if args.one.partition("+")[0] in CODECS:
-        row["errors"] = llm.collective_rpc(errors)
+        row["errors"] = [a | b for a, b in zip(*map(llm.collective_rpc, (errors, expert_errors)), strict=True)]
         row["worst_error"] = max((e for found in row["errors"] for e in found.values()), default=None)
         if any(max(found.values(), default=float(on_gpu())) > 0.01 for found in row["errors"]):
             raise SystemExit(f"{args.one}: relative errors are {row['errors']}: not timed")
@@ -246,6 +270,7 @@ def time_batches(row: dict[str, Any], args: argparse.Namespace, seconds: Callabl
         median, prefill = statistics.median(whole), statistics.median(first)
         row[f"tokens_per_second_{batch}"] = batch * args.new / median
         row[f"decode_per_second_{batch}"] = batch * (args.new - 1) / (median - prefill)
+        row[f"first_ms_{batch}"] = 1e3 * prefill
         row[f"spread_{batch}"] = (max(whole) - min(whole)) / median
         step = 1e6 * (median - prefill) / (args.new - 1)
         row[f"step_us_{batch}"], row[f"step_us_a_layer_{batch}"] = step, step / args.layers
@@ -268,6 +293,9 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.9, help="of the GPU's, for vLLM")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="shape", help="to try this out on a CPU")
+    parser.add_argument(
+        "--tiny-moe", action="store_const", const="tiny-moe", dest="shape", help="the same, with experts"
+    )
     parser.add_argument("--kv-gib", type=float, help="memory for keys and values; what is left, if not given")
     parser.add_argument("--meet", nargs=2, metavar=("FOLDER", "COUNT"), help="start together with others")
     parser.add_argument("--one", help=argparse.SUPPRESS)

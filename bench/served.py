@@ -1,4 +1,7 @@
-"""The models that serve.py serves: config.json of a Llama's shape with random codes, and what its ranks should hold."""
+"""The models that serve.py serves: config.json of a shape with random codes, and what its ranks should hold.
+
+A Llama's; or, where a shape has experts, that of a Qwen3 mixture of them.
+"""
 
 import json
 import math
@@ -28,6 +31,18 @@ SHAPES: dict[str, Shape] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -36,6 +51,12 @@ SHAPES: dict[str, Shape] = {
         "num_key_value_heads": 2,
         "vocab_size": 512,
     },
+}
+SHAPES["tiny-moe"] = SHAPES["tiny"] | {
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 64,
 }
 ROW_PARALLEL = ("o_proj", "down_proj")
 HEAD = "+head"
@@ -49,12 +70,18 @@ def matrices(weights: str, shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def of_layer(shape: Shape) -> dict[str, tuple[int, int]]:
-    """The matrices of a decoder layer → (out, in)."""
-    hidden, middle = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
+    """The matrices of a decoder layer → (out, in); with a * in the name one of each expert."""
+    hidden, experts = shape["hidden_size"], shape.get("num_experts")
+    head, middle = head_dim(shape), shape["moe_intermediate_size" if experts else "intermediate_size"]
+    q, kv = head * shape["num_attention_heads"], head * shape["num_key_value_heads"]
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
     mlp = {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)}
-    return {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()}
+    folder = "mlp.experts.*" if experts else "mlp"
+    return {f"self_attn.{k}": v for k, v in attention.items()} | {f"{folder}.{k}": v for k, v in mlp.items()}
+
+
+def head_dim(shape: Shape) -> int:
+    return shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
 
 
 def plain(weights: str, shape: Shape) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -65,8 +92,13 @@ def plain(weights: str, shape: Shape) -> dict[str, tuple[tuple[int, ...], int]]:
     for i in range(shape["num_hidden_layers"]):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+        if experts := shape.get("num_experts"):
+            found[f"model.layers.{i}.mlp.gate.weight"] = (experts, hidden)
+            found |= {f"model.layers.{i}.self_attn.{x}_norm.weight": (head_dim(shape),) for x in "qk"}
     if weights == "bf16":
-        found |= {f"{name}.weight": size for name, size in matrices(weights, shape).items()}
+        for name, size in matrices(weights, shape).items():
+            numbers = range(shape["num_experts"]) if "*" in name else [0]
+            found |= {f"{name.replace('*', str(e))}.weight": size for e in numbers}
     elif weights.endswith(HEAD):
         del found["lm_head.weight"]
     return {name: (dims, 2 * math.prod(dims)) for name, dims in found.items()}
@@ -77,7 +109,8 @@ def modules(weights: str, shape: Shape, ranks: int) -> dict[str, ModuleConfig]:
     codec, found = weights.removesuffix(HEAD), {}
     for name, (out, width) in matrices(weights, shape).items() if codec in CODECS else ():
         shards = ranks if name.endswith(ROW_PARALLEL) else 1
-        found[name] = ModuleConfig(codec, width, out, block_width(width, shards))
+        experts = shape["num_experts"] if "*" in name else None
+        found[name] = ModuleConfig(codec, width, out, block_width(width, shards), experts)
     return found
 
 
@@ -88,7 +121,7 @@ def quantization(weights: str, shape: Shape, ranks: int) -> dict[str, Any] | Non
     if weights == "int4":
         return GPTQ
     found = modules(weights, shape, ranks)
-    nbytes = sum(packed_bytes(m.codec, m.out_features, m.in_features) for m in found.values())
+    nbytes = sum((m.experts or 1) * packed_bytes(m.codec, m.out_features, m.in_features) for m in found.values())
     bits = 8 * nbytes / sum(m.weights for m in found.values())
     return GlqConfig(found, round(bits, 4), "bench", ranks).to_dict()
 
@@ -106,9 +139,10 @@ def expected_bytes(folder: Path, weights: str, shape: Shape, ranks: int) -> list
 
 
 def write_model(folder: Path, weights: str, shape: Shape, ranks: int, longest: int) -> None:
+    experts = "num_experts" in shape
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3MoeForCausalLM" if experts else "LlamaForCausalLM"],
+        "model_type": "qwen3_moe" if experts else "llama",
         "torch_dtype": "bfloat16",
         "max_position_embeddings": max(8192, longest),
         "rms_norm_eps": 1e-5,

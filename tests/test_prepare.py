@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
+from glq.ops import cuda_experts
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, makes_input
-from glq.ops.prepare import prepare, run_all
-from glq.packed import PackedLinear, packed_shapes
+from glq.ops.prepare import kernel_pairs, prepare, run_all
+from glq.packed import PackedExperts, PackedLinear, packed_shapes
 from glq.rotation import block_width
 
 
@@ -59,6 +60,29 @@ def test_no_number_of_tokens_needs_another_kernel(codec, rows, cols, arch, kilob
         for one in (plain(x), *made):
             cuda_product(one, w, gpu)
             assert gpu.loaded <= ahead, tokens
+
+
+@pytest.mark.parametrize(("arch", "kilobytes"), [(90, 228), (89, 100)])
+@pytest.mark.parametrize(("rows", "cols", "each"), [(1536, 2048, 8), (2048, 768, 1)])
+def test_no_number_of_pairs_needs_another_kernel(rows, cols, each, arch, kilobytes):
+    gpu, of_one, experts, top_k = Recorder(arch, kilobytes), weight("trellis-4", rows, cols), 128, 8
+    codes = of_one.codes.expand(experts, *of_one.codes.shape)
+    scale = of_one.scale.expand(experts, rows)
+    w = PackedExperts("trellis-4", rows, cols, of_one.block, codes, scale, of_one.signs)
+
+    def multiply(pairs):
+        x = torch.empty(pairs // each, cols, dtype=torch.bfloat16, device="meta")
+        expert_of = torch.empty(pairs, dtype=torch.int64, device="meta")
+        cuda_experts.matmul(x, w, expert_of, each, gpu)
+
+    sizes = (w.block, w.scale.dtype, torch.bfloat16, each, top_k, 2000)
+    for pairs in kernel_pairs(w.codec, w.codes.shape[:3], *sizes, gpu):
+        multiply(pairs)
+    ahead = set(gpu.loaded)
+    assert len(ahead) > 3
+    for tokens in {*range(1, 80), *random.Random(0).sample(range(80, 2000), 100)}:
+        multiply(tokens * top_k)
+        assert gpu.loaded <= ahead, tokens
 
 
 def test_nothing_to_do_on_a_cpu():

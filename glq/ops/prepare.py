@@ -5,9 +5,13 @@ from functools import cache
 import torch
 
 from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
+from glq.ops import cuda_experts, cuda_rotate, grouped
+from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens, makes_input
-from glq.packed import PACKED_DTYPES, PackedLinear, packed_shapes
+from glq.packed import PACKED_DTYPES, PackedExperts, PackedLinear, packed_shapes
 
 
 @cache
@@ -34,3 +38,41 @@ def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Laun
         made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if makes_input(tokens, weight.block, gpu) else []
         for one in (plain(x), *made):
             cuda_product(one, weight, gpu)
+
+
+def prepare_experts(weights: PackedExperts, dtype: torch.dtype, each: int, top_k: int, tokens: int) -> None:
+    """The same for up to `tokens` tokens of `top_k` experts each, where a row of x has `each` of them."""
+    device = weights.codes.device
+    if not has_cuda_kernel(torch.empty(1, device=device, dtype=dtype), weights.codec):
+        return
+    facts = (weights.codec, weights.codes.shape[:3], weights.block, weights.scale.dtype, dtype)
+    for pairs in kernel_pairs(*facts, each, top_k, tokens, nvrtc.gpu(device)):
+        x = torch.zeros(pairs // each, weights.in_features, dtype=dtype, device=device)
+        expert_of = torch.arange(pairs, device=device) % weights.count
+        sizes = (weights.codec, weights.out_features, weights.block)
+        experts_matmul(x, weights.codes, weights.scale, weights.signs, expert_of, each, *sizes)
+
+
+@cache
+def kernel_pairs(
+    codec: str,
+    tiles: tuple[int, int, int],
+    block: int,
+    scale: torch.dtype,
+    dtype: torch.dtype,
+    each: int,
+    top_k: int,
+    tokens: int,
+    gpu: nvrtc.Launcher,
+) -> tuple[int, ...]:
+    """Numbers of pairs, one for each kernel that up to `tokens` tokens take. tiles: experts, row and column tiles."""
+    trellis, found = get_codec(codec), dict[object, int]()
+    assert isinstance(trellis, Trellis)
+    for pairs in range(top_k, tokens * top_k + 1, top_k):
+        if pairs >= grouped.MANY * tiles[0]:
+            found["grouped"] = pairs
+            break
+        task = cuda_experts.Task(pairs, tiles[0], each, *tiles[1:])
+        plan = cuda_experts.make_plan(trellis, dtype, scale, task, block, gpu)
+        found.setdefault((plan.source, pairs // each > cuda_rotate.FEW), pairs)
+    return tuple(found.values())

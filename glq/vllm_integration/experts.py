@@ -19,6 +19,8 @@ from glq import nvrtc
 from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.ops.experts import experts_matmul
+from glq.ops.prepare import prepare_experts
+from glq.packed import PackedExperts
 from glq.vllm_integration import methods
 from glq.vllm_integration.parts import Part, Rank, cut, dequantize, runs
 
@@ -68,7 +70,8 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             "w13": cut(gate_up, [2 * inside // len(gate_up)] * len(gate_up), hidden_size, rank),
             "w2": cut({f"{self.name}.*.w2": self.modules["w2"]}, [hidden_size], inside, rank),
         }
-        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self.tokens, dummy = config.scheduler_config.max_num_batched_tokens, config.load_config.load_format == "dummy"
         for stem, parts in self.parts.items():
             tensors = {
                 "codes": torch.empty(num_experts, sum(part.nbytes for part in parts), dtype=torch.uint8),
@@ -107,6 +110,10 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             self._keep(layer, stem, parts)
         if layer.w2_signs.is_cuda and nvrtc.available():
             nvrtc.gpu(layer.w2_signs.device).arenas.graphs_in_turn = True  # of which vLLM captures a thousand
+            top_k = self.moe.experts_per_token
+            for products, each in ((layer.glq_w13, top_k), (layer.glq_w2, 1)):
+                for p in products:
+                    prepare_experts(_packed(layer, p), layer.params_dtype, each, top_k, self.tokens)
 
     def _decode(self, layer: Any) -> None:
         for stem, parts in self.parts.items():
@@ -128,7 +135,7 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             names = f"{stem}_codes_{i}", f"{stem}_scale_{i}", f"{stem}_signs"
             layer.register_parameter(names[0], nn.Parameter(tiles, requires_grad=False))
             layer.register_parameter(names[1], nn.Parameter(rows, requires_grad=False))
-            found.append(Product(*names, run.signs, run.codec, run.block))
+            found.append(Product(*names, run.signs, run.codec, parts[0].columns, run.block))
         delattr(layer, f"{stem}_codes")
         delattr(layer, f"{stem}_scale")
         setattr(layer, f"glq_{stem}", tuple(found))
@@ -176,6 +183,7 @@ class Product:
     signs: str
     row: int
     codec: str
+    columns: int
     block: int
 
 
@@ -183,9 +191,14 @@ def _multiply(layer: Any, products: tuple[Product, ...], x: Tensor, pairs: Tenso
     """x [pairs / each, in] → [pairs, rows of all products]."""
     done = []
     for p in products:
-        codes, scale, signs = getattr(layer, p.codes), getattr(layer, p.scale), getattr(layer, p.signs)[p.row]
-        done.append(experts_matmul(x, codes, scale, signs, pairs, each, p.codec, scale.shape[1], p.block))
+        w = _packed(layer, p)
+        done.append(experts_matmul(x, w.codes, w.scale, w.signs, pairs, each, p.codec, w.out_features, p.block))
     return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+
+def _packed(layer: Any, p: Product) -> PackedExperts:
+    codes, scale, signs = getattr(layer, p.codes), getattr(layer, p.scale), getattr(layer, p.signs)[p.row]
+    return PackedExperts(p.codec, scale.shape[1], p.columns, p.block, codes, scale, signs)
 
 
 @dataclass(frozen=True)
