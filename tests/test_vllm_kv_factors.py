@@ -111,12 +111,19 @@ def test_a_layer_reads_with_the_factors_that_its_pages_were_written_with(own, ta
     layer.config.load_config = layer.config.model_config = of_model
     layer.config.device_config = SimpleNamespace(device_type="cpu")
     others = {"experts": object(), name(1 - own): SimpleNamespace(impl=object())}
-    layer.config.compilation_config.static_forward_context = others | {name(own): SimpleNamespace(impl=layer)}
+    module = torch.nn.Module()
+    module.impl = layer
+    layer.config.compilation_config.static_forward_context = others | {name(own): module}
     layer.process_weights_after_loading(torch.float32)
-    if head_size == 64:
-        assert torch.equal(layer.factors, factors_in(gemma)[own if target is None else target])
-    else:
+    if head_size != 64:
         assert layer.factors is None
+        return
+    factors = layer.factors
+    assert torch.equal(factors, factors_in(gemma)[own if target is None else target])
+    assert dict(module.named_buffers()) == {"glq_key_factors": factors}
+    assert module.state_dict() == {}
+    layer.process_weights_after_loading(torch.float32)  # other weights: pages keep what they have
+    assert layer.factors is factors
 
 
 @needs_vllm

@@ -56,12 +56,17 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         return PageLayout(self.num_kv_heads, self.head_size, options.key_bits, options.value_bits, page_tokens)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Before this a layer does not know its name, and afterwards pages are written."""
+        """Before this a layer does not know its name, and afterwards pages are written.
+
+        When weights are loaded again, pages and CUDA graphs keep the factors that they have. As a buffer of the layer
+        these outlast a sleep of the engine.
+        """
         layers = self.config.compilation_config.static_forward_context
-        own = next((name for name, layer in layers.items() if getattr(layer, "impl", None) is self), "")
-        factors = factors_of(self.config, self.kv_sharing_target_layer_name or own)
-        if factors is not None and len(factors) == self.head_size:
+        name, layer = next((found for found in layers.items() if getattr(found[1], "impl", None) is self), ("", None))
+        factors = factors_of(self.config, self.kv_sharing_target_layer_name or name)
+        if self.factors is None and layer is not None and factors is not None and len(factors) == self.head_size:
             self.factors = factors.to(self.config.device_config.device_type)
+            layer.register_buffer("glq_key_factors", self.factors, persistent=False)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
