@@ -53,7 +53,7 @@ def check_write(layout: PageLayout, dtype: torch.dtype, gpu: nvrtc.Launcher) -> 
     keys, values = (torch.randn(shape, device="cuda").mul(3).to(dtype) for _ in range(2))
     found, expected = (torch.zeros(n // 16 + 2, layout.nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
     slots = torch.randperm(len(found) * layout.page_tokens, device="cuda")[:n] % (16 * len(found))
-    cuda_write.write(found, layout, keys, values, slots, gpu)
+    cuda_write.write(found, layout, keys, values, slots, None, gpu)
     write_reference(expected, layout, keys, values, slots)
     differ = (found != expected).float().mean().item()
     print(f"write {layout} {dtype}: {differ:.2e} of bytes differ", flush=True)
@@ -69,7 +69,7 @@ def check_attend(
     table = torch.randperm(len(pages), device="cuda")[: len(lengths) * width].view(len(lengths), width).int()
     q = torch.randn(len(lengths), group * layout.heads, layout.head_dim, device="cuda").to(dtype)
     scale = 2 * layout.head_dim**-0.5
-    found = cuda_attend.attend(q, pages, layout, table, lengths, scale, window, softcap, gpu)
+    found = cuda_attend.attend(q, pages, layout, table, lengths, scale, window, softcap, None, gpu)
     expected = attend_reference(q.float(), pages, layout, table, lengths, scale, window, softcap)
     error = ((found - expected).norm() / expected.norm()).item()
     print(f"attend {layout} group {group} {dtype} window {window} softcap {softcap}: error {error:.1e}", flush=True)
@@ -96,11 +96,12 @@ def time_attend(layout: PageLayout, sequences: int, tokens: int, gpu: nvrtc.Laun
     lengths = torch.full((sequences,), tokens, dtype=torch.int32, device="cuda")
     q = torch.randn(sequences, HEADS, DIM, device="cuda").bfloat16()
     attend = [
-        lambda t=t: cuda_attend.attend(q, pages, layout, t, lengths, _SCALE, None, None, gpu) for t in order.unbind()
+        lambda t=t: cuda_attend.attend(q, pages, layout, t, lengths, _SCALE, None, None, None, gpu)
+        for t in order.unbind()
     ]
     new = torch.randn(sequences, KV_HEADS, DIM, device="cuda").bfloat16()
     slots = torch.arange(sequences, device="cuda") * PAGE * width
-    write = [lambda: cuda_write.write(pages, layout, new, new, slots, gpu)] * 16
+    write = [lambda: cuda_write.write(pages, layout, new, new, slots, None, gpu)] * 16
     return time_graph(attend), time_graph(write)
 
 

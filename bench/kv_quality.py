@@ -4,7 +4,8 @@
 
 Every window is one forward pass in which attention sees decoded keys and values only, each token's own included. int4
 is asymmetric, with an fp16 scale and zero a token and head; int4-hadamard is the same after an orthonormal Hadamard
-over the head. plain is glq without the keys' centre, sink-4 the same with a window's first four tokens as they are.
+over the head. pages is glq without the keys' centre, as vLLM's pages are; plain has no factors for channels either, and
+sink-4 is plain with a window's first four tokens as they are.
 dB is -10·log10(‖x − x̂‖² / ‖x‖²) over a layer's vectors of the first window, of the codec alone, keys with their rotary
 embedding.
 """
@@ -38,10 +39,13 @@ class Variant:
     rounding: Rounding  # of [batch, heads, tokens, head_dim]
     stored_bits: Callable[[int], float]  # of a channel, by head_dim
     glq_bits: int | None = None  # GlqCache itself is run
+    centre: bool = True  # of keys, in GlqCache
     sink: int = 0  # tokens that stay as they are
 
     def cache(self, model: PreTrainedModel) -> Cache:
-        return GlqCache(self.glq_bits, model=model) if self.glq_bits else RoundedCache(self, model)
+        if not self.glq_bits:
+            return RoundedCache(self, model)
+        return GlqCache(self.glq_bits, model=model, centre=self.centre)
 
 
 class RoundedCache(DynamicCache):
@@ -74,6 +78,7 @@ def glq(bits: int) -> Rounding:
 
 def variants() -> dict[str, Variant]:
     found = {f"glq-{b}": Variant(glq(b), kv_codec(b).stored_bits, b) for b in (4, 3, 2)}
+    found |= {f"glq-{b}-pages": Variant(glq(b), kv_codec(b).stored_bits, b, centre=False) for b in (4, 3, 2)}
     found |= {f"glq-{b}-plain": Variant(glq(b), kv_codec(b).stored_bits) for b in (4, 3, 2)}
     found |= {f"glq-{b}-sink-4": Variant(glq(b), kv_codec(b).stored_bits, sink=4) for b in (4, 2)}
     integers = {"int4": int4, "int4-hadamard": int4_hadamard}

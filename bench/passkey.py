@@ -94,8 +94,7 @@ def main() -> None:
                     cache = DynamicCache(config=model.config)
                 else:
                     kind = Served if args.served else GlqCache
-                    pages = args.served or args.plain  # know neither a sequence's keys nor the model's norms
-                    cache = kind(bits, config=model.config, centre=False) if pages else kind(bits, model=model)
+                    cache = kind(bits, model=model, centre=not (args.served or args.plain))
                 results.append(answer(model, prompt, number, cache))
             found, log_p = sum(ok for ok, _ in results), sum(p for _, p in results) / len(results)
             rows.append({"tokens": length, "bits": bits, "found": found, "of": len(results), "log_prob": log_p})

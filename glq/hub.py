@@ -29,6 +29,17 @@ def resolve(model: str | Path) -> Path:
         ) from error
 
 
+def at_hand(model: str | Path, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+    """As `resolve`, of what was downloaded already: None if nothing was."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(model), revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):  # not there; no name of the hub
+        return None
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; GlqError if there is none that works."""
     try:

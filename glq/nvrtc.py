@@ -96,12 +96,12 @@ class Launcher(Protocol):
         grid: int | tuple[int, int],
         block: int,
         shared: int,
-        *arguments: Tensor | int,
+        *arguments: Tensor | int | None,
     ) -> None:
         """Run the kernel `name` (extern "C") on the current stream; `shared`: bytes of dynamic shared memory a block.
 
-        Tensors go as pointers, integers as int32. From sm_90 on it may start before the kernel ahead of it is done, and
-        waits for that by itself (griddepcontrol).
+        Tensors go as pointers, None as a null pointer, integers as int32. From sm_90 on it may start before the kernel
+        ahead of it is done, and waits for that by itself (griddepcontrol).
         """
 
     def exchange(self, count: int) -> Tensor:
@@ -131,7 +131,7 @@ class Gpu:
         grid: int | tuple[int, int],
         block: int,
         shared: int,
-        *arguments: Tensor | int,
+        *arguments: Tensor | int | None,
     ) -> None:
         """As Launcher.launch."""
         import numpy as np
@@ -144,7 +144,7 @@ class Gpu:
             config = LaunchConfig(
                 grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=self.arch >= 90
             )
-            values = [a.data_ptr() if isinstance(a, Tensor) else np.int32(a) for a in arguments]
+            values = [np.int32(a) if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
             run(stream, config, kernel, *values)
 
     def exchange(self, count: int) -> Tensor:

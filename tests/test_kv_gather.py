@@ -6,7 +6,7 @@ import pytest
 import torch
 from cubins import spilled
 from emulator import Emulator
-from test_kv_kernels import ARCHITECTURES, LARGEST_SHARED, PLANS, cache, emulated, on_gpu
+from test_kv_kernels import ARCHITECTURES, LARGEST_SHARED, PLANS, cache, emulated, on_gpu, some_factors
 
 from glq import GlqError, nvrtc
 from glq.kv import cuda_gather, cuda_pages
@@ -15,13 +15,15 @@ from glq.kv.cuda_tables import device_tables
 from glq.kv.layout import PageLayout, gather_reference
 
 
-def check_gather(layout, tokens, dtype, gpu, device="cpu"):
-    pages, table = cache(layout, [tokens], -(-tokens // layout.page_tokens) + 1, device)
+def check_gather(layout, tokens, dtype, gpu, device="cpu", factored=False):
+    factors = some_factors(layout, device) if factored else None
+    pages, table = cache(layout, [tokens], -(-tokens // layout.page_tokens) + 1, device, factors)
     if tokens > 4:
         scales = layout.views(pages)
         scales[1][table[0, 0].long(), 0, 3], scales[3][table[0, 0].long(), -1, 4] = torch.nan, 60000.0
-    found = cuda_gather.gather(pages, layout, table[0], tokens, dtype, gpu)
-    for x, y in zip(found, gather_reference(pages, layout, table[0], tokens, torch.float32), strict=True):
+    found = cuda_gather.gather(pages, layout, table[0], tokens, dtype, factors, gpu)
+    expected = gather_reference(pages, layout, table[0], tokens, torch.float32, factors)
+    for x, y in zip(found, expected, strict=True):
         y = y.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
         assert x.dtype == dtype
         assert torch.equal(x.isnan(), y.isnan())
@@ -31,17 +33,18 @@ def check_gather(layout, tokens, dtype, gpu, device="cpu"):
 
 @emulated
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "page_tokens", "tokens", "dtype"),
+    ("head_dim", "bits", "page_tokens", "tokens", "dtype", "factored"),
     [
-        (128, (4, 4), 16, 37, torch.float16),
-        (64, (3, 2), 32, 50, torch.bfloat16),
-        (80, (2, 3), 16, 16, torch.float16),
-        (96, (4, 3), 48, 1, torch.bfloat16),
-        (256, (3, 4), 16, 33, torch.float16),
+        (128, (4, 4), 16, 37, torch.float16, False),
+        (128, (4, 4), 16, 37, torch.bfloat16, True),
+        (64, (3, 2), 32, 50, torch.bfloat16, False),
+        (80, (2, 3), 16, 16, torch.float16, True),
+        (96, (4, 3), 48, 1, torch.bfloat16, False),
+        (256, (3, 4), 16, 33, torch.float16, True),
     ],
 )
-def test_vectors_are_the_references(head_dim, bits, page_tokens, tokens, dtype):
-    check_gather(PageLayout(2, head_dim, *bits, page_tokens), tokens, dtype, Emulator(1))
+def test_vectors_are_the_references(head_dim, bits, page_tokens, tokens, dtype, factored):
+    check_gather(PageLayout(2, head_dim, *bits, page_tokens), tokens, dtype, Emulator(1), factored=factored)
 
 
 @emulated
@@ -52,11 +55,13 @@ def test_kernels_are_tried_out(head_dim, bits, dtype, monkeypatch):
     cuda_pages.try_out(kernels, *given)
     right = {"write": kernels.write, "gather": kernels.gather, "attend": kernels.attend}
     wrong = {
-        "write": lambda pages, layout, keys, values, slots: right["write"](pages, layout, keys, -values, slots),
+        "write": lambda pages, layout, keys, *args: right["write"](pages, layout, -keys, *args),
         "gather": lambda *args: [x.roll(1, 0) for x in right["gather"](*args)],
         "attend": lambda *args: right["attend"](*args) * 1.1,
     }
-    for name, function in wrong.items():
+    wrongs = list(wrong.items())
+    wrongs += [(name, lambda *args, f=function: f(*args[:-1], None)) for name, function in right.items()]  # no factors
+    for name, function in wrongs:
         with pytest.raises(GlqError):
             cuda_pages.try_out(SimpleNamespace(**right | {name: function}), *given)
 
@@ -76,7 +81,7 @@ def test_a_gpu_whose_kernels_are_wrong_is_said_once(monkeypatch):
 def test_nothing_to_read():
     layout = PageLayout(1, 64, 4, 4)
     pages = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
-    keys, values = cuda_gather.gather(pages, layout, torch.zeros(0).int(), 0, torch.float16, Emulator(1))
+    keys, values = cuda_gather.gather(pages, layout, torch.zeros(0).int(), 0, torch.float16, None, Emulator(1))
     assert keys.shape == values.shape == (0, 1, 64)
 
 
@@ -84,7 +89,7 @@ def test_what_the_kernel_refuses():
     pages, row = torch.zeros(1, 2048, dtype=torch.uint8), torch.zeros(1).int()
     for layout, dtype in ((PageLayout(1, 40, 4, 4), torch.float16), (PageLayout(1, 64, 4, 4), torch.float32)):
         with pytest.raises(GlqError, match="does not take"):
-            cuda_gather.gather(pages, layout, row, 1, dtype, Emulator(1))
+            cuda_gather.gather(pages, layout, row, 1, dtype, None, Emulator(1))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -103,4 +108,4 @@ def test_cubins_stay_within_the_limits_of_every_architecture(arch):
 def test_on_a_gpu(head_dim, bits, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))
     for tokens in (1, 100, 1000):
-        check_gather(PageLayout(2, head_dim, *bits), tokens, dtype, gpu, "cuda")
+        check_gather(PageLayout(2, head_dim, *bits), tokens, dtype, gpu, "cuda", factored=tokens == 100)

@@ -48,7 +48,12 @@ def test_words_decode_as_the_codec_has_them(bits):
     torch.testing.assert_close(found, codec.decode(words), rtol=2**-10, atol=2e-3 if bits > 2 else 0)
 
 
-def cache(layout, lengths, width, device="cpu"):
+def some_factors(layout, device="cpu"):
+    """Of keys' channels: 0.04 to 1, as Gemma's."""
+    return torch.logspace(-1.4, 0, layout.head_dim, device=device)[torch.randperm(layout.head_dim, device=device)]
+
+
+def cache(layout, lengths, width, device="cpu", factors=None):
     """Pages of random vectors, and NaN where nothing is to be looked at; their table."""
     pages = torch.full((len(lengths) * width + 2, layout.nbytes), 0xFF, dtype=torch.uint8, device=device)
     table = torch.randperm(len(pages), device=device)[: len(lengths) * width].view(len(lengths), width).int()
@@ -57,15 +62,18 @@ def cache(layout, lengths, width, device="cpu"):
         slots = row[slots // layout.page_tokens] * layout.page_tokens + slots % layout.page_tokens
         shape = (length, layout.heads, layout.head_dim)
         keys, values = (torch.randn(shape, device=device) * torch.rand(*shape[:2], 1, device=device) for _ in range(2))
-        write_reference(pages, layout, keys, values, slots)
+        write_reference(pages, layout, keys if factors is None else keys / factors, values, slots, factors)
     return pages, table
 
 
-def check_attend(layout, group, lengths, dtype, window, softcap, plan=None, gpu=None, device="cpu"):
-    pages, table = cache(layout, lengths, max(-(-n // layout.page_tokens) for n in lengths) + 1, device)
+def check_attend(layout, group, lengths, dtype, window, softcap, plan=None, gpu=None, device="cpu", factored=False):
+    factors = some_factors(layout, device) if factored else None
+    pages, table = cache(layout, lengths, max(-(-n // layout.page_tokens) for n in lengths) + 1, device, factors)
     q = torch.randn(len(lengths), layout.heads * group, layout.head_dim, device=device).to(dtype)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    given = (pages, layout, table, lengths, 2 * layout.head_dim**-0.5, window, softcap)
+    given = (pages, layout, table, lengths, 2 * layout.head_dim**-0.5, window, softcap, factors)
+    if factored:  # queries are small where keys are large
+        q = (q.float() * factors).to(dtype)
     found = cuda_attend.attend(q, *given, gpu or Emulator(1), plan)
     expected = attend_reference(q.float(), *given)
     assert found.dtype == dtype
@@ -75,21 +83,22 @@ def check_attend(layout, group, lengths, dtype, window, softcap, plan=None, gpu=
 
 @emulated
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "page_tokens", "group", "lengths", "dtype", "window", "softcap"),
+    ("head_dim", "bits", "page_tokens", "group", "lengths", "dtype", "window", "softcap", "factored"),
     [
-        (128, (4, 4), 16, 4, [37, 0, 100], torch.float16, None, None),
-        (64, (4, 3), 32, 3, [50, 7], torch.bfloat16, None, None),
-        (80, (3, 4), 16, 8, [33, 1], torch.bfloat16, 300, None),
-        (96, (3, 3), 48, 8, [50, 33], torch.float16, 20, None),
-        (256, (2, 2), 16, 1, [50, 33], torch.float16, None, 5.0),
-        (64, (2, 4), 16, 16, [50, 16], torch.float16, 16, 2.0),
-        (80, (2, 3), 16, 2, [90, 33], torch.float16, 40, None),
+        (128, (4, 4), 16, 4, [37, 0, 100], torch.float16, None, None, False),
+        (128, (4, 4), 16, 4, [37, 0, 100], torch.bfloat16, None, None, True),
+        (64, (4, 3), 32, 3, [50, 7], torch.bfloat16, None, None, True),
+        (80, (3, 4), 16, 8, [33, 1], torch.bfloat16, 300, None, False),
+        (96, (3, 3), 48, 8, [50, 33], torch.float16, 20, None, False),
+        (256, (2, 2), 16, 1, [50, 33], torch.float16, None, 5.0, True),
+        (64, (2, 4), 16, 16, [50, 16], torch.float16, 16, 2.0, False),
+        (80, (2, 3), 16, 2, [90, 33], torch.float16, 40, None, True),
     ],
 )
-def test_attention_is_the_references(head_dim, bits, page_tokens, group, lengths, dtype, window, softcap):
+def test_attention_is_the_references(head_dim, bits, page_tokens, group, lengths, dtype, window, softcap, factored):
     layout = PageLayout(2 if head_dim == 128 else 1, head_dim, *bits, page_tokens)
     plan = cuda_attend.Plan(dtype, layout, group, 2, 1, 3)
-    check_attend(layout, group, lengths, dtype, window, softcap, plan)
+    check_attend(layout, group, lengths, dtype, window, softcap, plan, factored=factored)
 
 
 @emulated
@@ -100,7 +109,7 @@ def test_scales_of_any_size(size):
     pages, table = cache(layout, [40], 3)
     layout.views(pages)[3].mul_(size)
     q, lengths = torch.randn(1, 2, 64).bfloat16(), torch.tensor([40], dtype=torch.int32)
-    given = (pages, layout, table, lengths, 0.1, None, None)
+    given = (pages, layout, table, lengths, 0.1, None, None, None)
     found = cuda_attend.attend(q, *given, Emulator(1), cuda_attend.Plan(q.dtype, layout, 2, 1, 1, 1)).float()
     expected = attend_reference(q.float(), *given)
     assert (found - expected).norm() < 3e-3 * expected.norm()
@@ -108,22 +117,23 @@ def test_scales_of_any_size(size):
 
 @emulated
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "dtype"),
+    ("head_dim", "bits", "dtype", "factored"),
     [
-        (128, (4, 4), torch.float16),
-        (64, (3, 4), torch.float16),
-        (80, (2, 3), torch.bfloat16),
-        (96, (4, 2), torch.float16),
-        (256, (3, 2), torch.float16),
+        (128, (4, 4), torch.float16, False),
+        (128, (4, 4), torch.bfloat16, True),
+        (64, (3, 4), torch.float16, False),
+        (80, (2, 3), torch.bfloat16, True),
+        (96, (4, 2), torch.float16, False),
+        (256, (3, 2), torch.float16, True),
     ],
 )
-def test_written_words_are_the_codecs(head_dim, bits, dtype):
+def test_written_words_are_the_codecs(head_dim, bits, dtype, factored):
     """All of them here. Sums in another order may decide a near tie otherwise: at most one word in a thousand."""
-    check_write(PageLayout(2, head_dim, *bits), 30, dtype, Emulator(1))
+    check_write(PageLayout(2, head_dim, *bits), 30, dtype, Emulator(1), factored=factored)
 
 
-def check_write(layout, tokens, dtype, gpu, device="cpu"):
-    shape = (tokens, layout.heads, layout.head_dim)
+def check_write(layout, tokens, dtype, gpu, device="cpu", factored=False):
+    shape, factors = (tokens, layout.heads, layout.head_dim), some_factors(layout, device) if factored else None
     keys = (torch.randn(shape, device=device) * torch.rand(*shape[:2], 1, device=device) * 5).to(dtype)
     values = torch.randn(shape, device=device).to(dtype)
     keys[1, 0], values[2, 0, 3], keys[5, 1, 7] = 0, torch.nan, torch.inf
@@ -131,12 +141,12 @@ def check_write(layout, tokens, dtype, gpu, device="cpu"):
     pages = torch.zeros(2, tokens // layout.page_tokens + 2, layout.nbytes, dtype=torch.uint8, device=device)
     slots = torch.randperm(pages.shape[1] * layout.page_tokens, device=device)[:tokens]
     slots[3] = -1
-    cuda_write.write(pages[0], layout, keys, values, slots, gpu)
-    write_reference(pages[1], layout, keys, values, slots)
+    cuda_write.write(pages[0], layout, keys, values, slots, factors, gpu)
+    write_reference(pages[1], layout, keys, values, slots, factors)
     assert (pages[0] != pages[1]).float().mean() < 1e-3
     every = torch.arange(pages.shape[1], device=device)
     written, count = slots[slots >= 0], pages.shape[1] * layout.page_tokens
-    decoded = [gather_reference(p, layout, every, count, torch.float32) for p in pages]
+    decoded = [gather_reference(p, layout, every, count, torch.float32, factors) for p in pages]
     for x, found, expected in zip((keys, values), *decoded, strict=True):
         found, expected, x = found[written], expected[written], x[slots >= 0].float()
         assert torch.equal(found.isnan(), expected.isnan())
@@ -154,10 +164,14 @@ def test_what_kernels_refuse():
     ):
         q = torch.zeros(1, heads, layout.head_dim, dtype=dtype)
         with pytest.raises(GlqError, match=r"heads"):
-            cuda_attend.attend(q, pages, layout, table, lengths, 1.0, None, None, Emulator(1))
+            cuda_attend.attend(q, pages, layout, table, lengths, 1.0, None, None, None, Emulator(1))
     x = torch.zeros(1, 1, 64)
     with pytest.raises(GlqError, match="float32"):
-        cuda_write.write(pages, PageLayout(1, 64, 4, 4), x, x, torch.zeros(1).long(), Emulator(1))
+        cuda_write.write(pages, PageLayout(1, 64, 4, 4), x, x, torch.zeros(1).long(), None, Emulator(1))
+    x = x.half()
+    for factors in (torch.ones(32), torch.ones(64).half(), torch.ones(128)[::2]):
+        with pytest.raises(GlqError, match="64 contiguous float32"):
+            cuda_write.write(pages, PageLayout(1, 64, 4, 4), x, x, torch.zeros(1).long(), factors, Emulator(1))
 
 
 PLANS = [  # channels, bits of keys and values, query heads of a kv head
@@ -189,6 +203,7 @@ def test_cubins_stay_within_the_limits_of_every_architecture(arch):
 def test_on_a_gpu(head_dim, bits, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))
     layout = PageLayout(2, head_dim, *bits)
-    check_write(layout, 300, dtype, gpu, "cuda")
-    for group, window, softcap in ((1, None, None), (4, 300, 20.0), (8, None, 20.0), (16, 1000, None)):
-        check_attend(layout, group, [700, 0, 1, 333, 1500], dtype, window, softcap, None, gpu, "cuda")
+    for factored in (False, True):
+        check_write(layout, 300, dtype, gpu, "cuda", factored)
+        for group, window, softcap in ((1, None, None), (4, 300, 20.0), (8, None, 20.0), (16, 1000, None)):
+            check_attend(layout, group, [700, 0, 1, 333, 1500], dtype, window, softcap, None, gpu, "cuda", factored)

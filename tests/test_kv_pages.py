@@ -131,6 +131,35 @@ def test_attention_in_16_bits_is_rounded_once(dtype):
     assert (out[0] - expected).norm() / expected.norm() < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 20, "softcap": 1.5}], ids=str)
+def test_pages_hold_keys_times_factors(dtype, options):
+    """Readers see keys as they are, with errors that are small where queries are large."""
+    layout, lengths, factors = PageLayout(2, 64, 4, 3), torch.tensor([50, 17]).int(), torch.logspace(-1.4, 0, 64)
+    pages, plain = torch.full((2, 9, layout.nbytes), 255, dtype=torch.uint8)
+    table, q = 1 + torch.randperm(8).view(2, 4).int(), (torch.randn(2, 4, 64) * factors).to(dtype)
+    errors = []
+    for row, one, length in zip(table, q, lengths, strict=True):
+        keys, values = torch.randn(2, length, 2, 64)
+        keys = (keys / factors).to(dtype)
+        places = torch.arange(length)
+        slots = row[places // 16].long() * 16 + places % 16
+        write(pages, layout, keys, values.to(dtype), slots, factors)
+        write(plain, layout, keys, values.to(dtype), slots)
+        found = gather(pages, layout, row, length, dtype, factors)
+        times, expected = rounded(layout, keys.float() * factors, values.to(dtype))
+        assert torch.equal(found[0], (times / factors).to(dtype))
+        assert torch.equal(found[1], expected.to(dtype))
+        seen = found[0], gather(plain, layout, row, length, dtype)[0]
+        exact = torch.einsum("hd,nhd->hn", one[::2].float(), keys.float())
+        errors.append([(torch.einsum("hd,nhd->hn", one[::2].float(), k.float()) - exact).norm() for k in seen])
+    assert all(a < b / 2 for a, b in errors)
+    out = attend(q, pages, layout, table, lengths, SCALE, factors=factors, **options)
+    for one, row, length, attended in zip(q, table, lengths, out, strict=True):
+        expected = plain_attention(one, *gather(pages, layout, row, length, torch.float32, factors), **options)
+        assert (attended - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
 @pytest.mark.parametrize("what", [0, 1], ids=["keys", "values"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_token_spoils_its_head_of_its_sequence_alone(what, value):
@@ -177,9 +206,11 @@ def test_the_ops_are_what_torch_library_takes_them_for():
     layout = PageLayout(2, 64, 4, 3)
     pages, table, [(keys, values)] = filled(layout, [20])
     sizes = (2, 64, 4, 3, 16)
-    torch.library.opcheck(torch.ops.glq.kv_write, (pages, keys, values, torch.arange(20), *sizes))
+    factors = torch.linspace(0.1, 1, 64)
+    for given in (None, factors):
+        torch.library.opcheck(torch.ops.glq.kv_write, (pages, keys, values, torch.arange(20), given, *sizes))
     q, lengths = torch.randn(1, 4, 64), torch.tensor([20]).int()
-    torch.library.opcheck(torch.ops.glq.kv_attend, (q, pages, table, lengths, 0.1, None, None, *sizes))
+    torch.library.opcheck(torch.ops.glq.kv_attend, (q, pages, table, lengths, 0.1, None, None, factors, *sizes))
 
 
 @pytest.mark.parametrize("sizes", [(2, 60, 4, 4, 16), (2, 64, 5, 4, 16), (2, 64, 4, 4, 24), (0, 64, 4, 4, 16)])

@@ -63,7 +63,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
-    """Heads of 64 channels; a window of 24 tokens on one of two layers."""
+    """Heads of 64 channels, four of them large in keys and small in queries; a window of 24 tokens on one layer."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     folder = tmp_path_factory.mktemp("gemma") / "model"
@@ -74,7 +74,11 @@ def gemma(tmp_path_factory):
         max_position_embeddings=256, bos_token_id=0, eos_token_id=None, pad_token_id=1, initializer_range=0.1,
         query_pre_attn_scalar=16,
     )  # fmt: skip
-    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = Gemma3ForCausalLM(config)
+    for i, layer in enumerate(model.model.layers):  # gains of 1 + weight
+        some = [5, 37, 20 + i, 52 + i]  # rotary pairs
+        layer.self_attn.k_norm.weight.data[some], layer.self_attn.q_norm.weight.data[some] = 19.0, -0.9
+    model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 
@@ -91,7 +95,7 @@ def test_chunks_shared_pages_and_preemption_change_nothing(llama, vllm):  # noqa
     options = REPEATABLE | {"max_num_batched_tokens": 32, "block_size": 16, "max_model_len": 112}
     answer = vllm(llama, prompts, 24, num_gpu_blocks_override=16, disable_log_stats=False, **options)
     model = load(llama, device="cpu")
-    apart, behind = differences(answer, model, prompts, lambda: GlqCache(4, config=model.config, centre=False))
+    apart, behind = differences(answer, model, prompts, lambda: GlqCache(4, model=model, centre=False))
     assert apart.max() < 1e-4
     assert behind.max() < 1e-4
     assert answer["metrics"]["vllm:num_preemptions"] > 0
@@ -104,7 +108,7 @@ def test_two_ranks_a_window_and_prompts_in_full(gemma, vllm):  # noqa: F811
     prompts = shared_prompts(40, 50, 33, 70)
     answer = vllm(gemma, prompts, 40, tensor_parallel_size=2, block_size=16, enable_prefix_caching=False, **E8)
     model = load(gemma, device="cpu")
-    apart, behind = differences(answer, model, prompts, lambda: PromptsInFull(4, config=model.config, centre=False))
+    apart, behind = differences(answer, model, prompts, lambda: PromptsInFull(4, model=model, centre=False))
     assert apart.max() < 1e-4
     assert behind.max() < 1e-4
     assert differences(answer, model, prompts, DynamicCache)[0].max() > 0.1
@@ -156,7 +160,7 @@ def assert_real(folder, vllm, cache, **options):  # noqa: F811
     """Sums in another order decide some roundings otherwise, many layers make more of it: medians are compared."""
     prompts, model = tokenized(folder)[:4], load(folder, device="cpu")
     answer = vllm(folder, prompts, 16, **options)
-    apart, behind = differences(answer, model, prompts, lambda: cache(4, config=model.config, centre=False))
+    apart, behind = differences(answer, model, prompts, lambda: cache(4, model=model, centre=False))
     full, _ = differences(answer, model, prompts, DynamicCache)
     print(f"log-probs: {apart.median()}, {apart.max()} at most; in 16 bits {full.median()}, {full.max()}")
     assert apart.median() < 0.3 * full.median()

@@ -6,7 +6,7 @@
 // Row r of scores is token 2 r, row 8 + r token 2 r + 1. Any order of channels will do for keys, so a register has one coordinate of two words of a token.
 // Vectors' scales are not multiplied into them but into scores and weights: those of values as logarithms, so that the greatest weight
 // times scale is 1, whatever the scales are. Sums stay as they are while the highest score grows by less than SLACK powers of two.
-// q is rotated first, as keys were; join_shares joins the blocks' sums and rotates back.
+// q is divided by the factors that keys were multiplied by (a null pointer for none), and rotated as they were; join_shares joins the blocks' sums and rotates back.
 // Macros, besides BF16 = 0: DIM, KEY_BITS, VALUE_BITS, PAGE_TOKENS, HEADS8, WARPS, RESIDENT; OUT_BF16: the type of q and out; MAX_SHARES.
 
 static constexpr int WORDS = DIM / 8, TILE = 16, HEADS = 8 * HEADS8;
@@ -70,10 +70,10 @@ __device__ __forceinline__ Share share_of(const int* lengths, int window, int kv
 }
 
 // A head of q, rotated, as a column of mma's operand b; and what its products are to be multiplied by.
-__device__ __forceinline__ void prepare_query(const u16* q, float* x, uint2* fragments, float* factor, int row, float scale, int lane) {
+__device__ __forceinline__ void prepare_query(const u16* q, const float* factors, float* x, uint2* fragments, float* size, int row, float scale, int lane) {
   float largest = 0;
   if (q) {
-    for (int i = lane; i < DIM; i += 32) x[i] = from_query(q[i]);
+    for (int i = lane; i < DIM; i += 32) x[i] = from_query(q[i]) * (factors ? reciprocal(factors[i]) : 1);
     __syncwarp();
     mix(x, lane);
     for (int i = lane; i < DIM; i += 32) largest = max(largest, fabsf(x[i]));
@@ -87,15 +87,15 @@ __device__ __forceinline__ void prepare_query(const u16* q, float* x, uint2* fra
     fragments[(row / 8 * KEY_PAIRS * 4 + step) * 32 + row % 8 * 4 + t] =
         make_uint2(pack_half(at(channel), at(channel + 8)), pack_half(at(channel + 1), at(channel + 9)));
   }
-  if (lane == 0) factor[row] = largest * scale;
+  if (lane == 0) size[row] = largest * scale;
 }
 
 // parts: [sequences][kv_heads · group][gridDim.x][DIM + 2]: sums, the highest score in powers of two, the sum of weights.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
-attend(const u16* q, const u8* pages, const int* page_table, const int* lengths, const uint4* of_tables, float* parts, int scale_bits,
+attend(const u16* q, const u8* pages, const int* page_table, const int* lengths, const uint4* of_tables, const float* factors, float* parts, int scale_bits,
        int softcap_bits, int window, int kv_heads, int group, int page_bytes, int table_row, int q_row, int q_head) {
   extern __shared__ __align__(16) u8 memory[];
-  __shared__ float factor[HEADS], highest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
+  __shared__ float size[HEADS], highest_of[WARPS][HEADS], sum_of[WARPS][HEADS];
   Tables& tables = *(Tables*)memory;
   uint2* const fragments = (uint2*)(memory + sizeof(Tables));
   float* const rows = (float*)(fragments + HEADS8 * KEY_PAIRS * 4 * 32);
@@ -155,7 +155,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
   }
 
   for (int r = warp; r < HEADS; r += WARPS)
-    prepare_query(r < group ? q + (size_t)share.sequence * q_row + (first_head + r) * q_head : nullptr, rows + r * DIM, fragments, factor, r,
+    prepare_query(r < group ? q + (size_t)share.sequence * q_row + (first_head + r) * q_head : nullptr, factors, rows + r * DIM, fragments, size, r,
                   __int_as_float(scale_bits), lane);
   __syncthreads();
 
@@ -167,7 +167,7 @@ attend(const u16* q, const u8* pages, const int* page_table, const int* lengths,
     for (int e = 0; e < 2; ++e) {
       highest[n][e] = LOWEST;
       sum[n][e] = 0;
-      to_score[n][e] = factor[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
+      to_score[n][e] = size[8 * n + 2 * t + e] * (cap > 0 ? 1 : LOG2_E);
     }
     #pragma unroll
     for (int i = 0; i < VALUE_WORDS * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0;

@@ -129,7 +129,7 @@ class GlqCache(Cache):
     sliding window keep that alone, recurrent layers their state, and keys are rounded as its rotary embedding and its
     norms of queries and keys suggest. config: the model's, where that is all there is: without its norms. With neither,
     every layer keeps all. centre: whether the mean of the first keys is subtracted; pages of a server (glq.kv.pages)
-    hold what it gives without, and without a model.
+    hold what it gives without.
     GlqError for other bits, for a head_dim that is no multiple of 8, and layers that keep more than keys and values.
     """
 

@@ -73,6 +73,18 @@ def refusal(layout: PageLayout, heads: int, dtype: torch.dtype) -> str:
     return ""
 
 
+def check_factors(factors: Tensor | None, layout: PageLayout, device: torch.device) -> None:
+    """GlqError for what a kernel would read beyond, or take for other numbers."""
+    if factors is None:
+        return
+    found = (factors.shape, factors.dtype, factors.device, factors.is_contiguous())
+    if found != ((layout.head_dim,), torch.float32, device, True):
+        raise GlqError(
+            f"factors of keys are {layout.head_dim} contiguous float32 on {device}, found {tuple(factors.shape)} "
+            f"{factors.dtype} on {factors.device}"
+        )
+
+
 def make_plan(
     dtype: torch.dtype, layout: PageLayout, group: int, sequences: int, most: int, gpu: nvrtc.Launcher
 ) -> Plan:
@@ -100,6 +112,7 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    factors: Tensor | None,
     gpu: nvrtc.Launcher,
     plan: Plan | None = None,
 ) -> Tensor:
@@ -111,6 +124,7 @@ def attend(
         raise GlqError(f"the attention kernel of the KV cache does not take {reason}")
     if q.stride(2) != 1 or pages.stride(1) != 1 or page_table.stride(1) != 1 or pages.stride(0) % 16:
         raise GlqError("the attention kernel of the KV cache takes contiguous rows, and pages that begin at 16 bytes")
+    check_factors(factors, layout, q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not sequences:
         return out
@@ -118,7 +132,7 @@ def attend(
         most = page_table.shape[1] * layout.page_tokens
         plan = make_plan(q.dtype, layout, group, sequences, min(most, window + _TILE) if window else most, gpu)
     parts = torch.empty(sequences * heads * plan.shares * (dim + 2), dtype=torch.float32, device=q.device)
-    tensors = (q, pages, page_table, lengths, device_tables(q.device), parts)
+    tensors = (q, pages, page_table, lengths, device_tables(q.device), factors, parts)
     sizes = (
         _bits(scale),
         _bits(softcap or 0.0),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glq import nvrtc
 from glq.errors import GlqError
-from glq.kv.cuda_attend import HEAD_DIMS
+from glq.kv.cuda_attend import HEAD_DIMS, check_factors
 from glq.kv.cuda_tables import device_tables, halves_at
 from glq.kv.layout import PageLayout
 
@@ -31,7 +31,15 @@ def threads(layout: PageLayout) -> int:
     return 32 * (min(words, 16) if 2 in (layout.key_bits, layout.value_bits) else ceil(words * 9 / 32))
 
 
-def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor, gpu: nvrtc.Launcher) -> None:
+def write(
+    pages: Tensor,
+    layout: PageLayout,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    factors: Tensor | None,
+    gpu: nvrtc.Launcher,
+) -> None:
     """As write_reference of glq.kv.layout."""
     tokens, heads, dim = keys.shape
     if keys.dtype not in (torch.float16, torch.bfloat16) or keys.dtype != values.dtype or dim not in HEAD_DIMS:
@@ -40,8 +48,9 @@ def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots
         raise GlqError(f"keys {tuple(keys.shape)}, values {tuple(values.shape)} and slots do not belong together")
     if keys.stride(2) != 1 or values.stride(2) != 1 or slots.stride(0) != 1 or pages.stride(1) != 1:
         raise GlqError("the kernel that writes a KV cache takes contiguous rows")
+    check_factors(factors, layout, keys.device)
     if not tokens:
         return
-    tensors = (keys, values, slots.long(), device_tables(keys.device)[halves_at() :], pages)
+    tensors = (keys, values, slots.long(), device_tables(keys.device)[halves_at() :], factors, pages)
     sizes = (heads, pages.stride(0), *keys.stride()[:2], *values.stride()[:2])
     gpu.launch(source(keys.dtype, layout), "write_tokens", (tokens, 2 * heads), threads(layout), 0, *tensors, *sizes)

@@ -10,9 +10,9 @@ template <int BITS> __device__ __forceinline__ u32 load_word(const u8* p) {
   return BITS == 2 ? *(const u16*)p : p[0] | (u32)p[1] << 8 | (u32)p[2] << 16;
 }
 
-// words: of the two tokens, one row after the other; scales: of both; to: where the first one's vector goes, that of the second, if
+// words: of the two tokens, one row after the other; scales: of both; factors [DIM]: what vectors are divided by, null for none; to: where the first one's vector goes, that of the second, if
 // there is one, a `step` further on.
-template <int BITS> __device__ void gather_two(const u8* words, u32 scales, u16* to, size_t step, bool second, float* x, const Tables& tables, int lane) {
+template <int BITS> __device__ void gather_two(const u8* words, u32 scales, const float* factors, u16* to, size_t step, bool second, float* x, const Tables& tables, int lane) {
   if (lane < WORDS) {
     u32 v[8];
     decode2<BITS>(v, load_word<BITS>(words + BITS * lane), load_word<BITS>(words + BITS * (WORDS + lane)), tables);
@@ -29,7 +29,8 @@ template <int BITS> __device__ void gather_two(const u8* words, u32 scales, u16*
     mix(y, lane);
     for (int i = 2 * lane; i < DIM; i += 64) {
       auto kept = [](float v) { return v > LARGEST ? LARGEST : v < -LARGEST ? -LARGEST : v; };  // NaN, too
-      *(u32*)(to + token * step + i) = pack16(kept(y[i]), kept(y[i + 1]));
+      const float a = factors ? reciprocal(factors[i]) : 1, b = factors ? reciprocal(factors[i + 1]) : 1;
+      *(u32*)(to + token * step + i) = pack16(kept(y[i] * a), kept(y[i + 1] * b));
     }
   }
   __syncwarp();
@@ -37,7 +38,7 @@ template <int BITS> __device__ void gather_two(const u8* words, u32 scales, u16*
 
 // keys, values [tokens][kv_heads][DIM]. A grid of any size.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-gather_tokens(const u8* pages, const int* page_table, const uint4* from, u16* keys, u16* values, int kv_heads, int page_bytes, int tokens) {
+gather_tokens(const u8* pages, const int* page_table, const uint4* from, const float* factors, u16* keys, u16* values, int kv_heads, int page_bytes, int tokens) {
   extern __shared__ __align__(16) u8 memory[];
   for (int i = threadIdx.x; i < (int)sizeof(Tables) / 16; i += 32 * WARPS) ((uint4*)memory)[i] = from[i];
   const Tables& tables = *(const Tables*)memory;
@@ -57,7 +58,7 @@ gather_tokens(const u8* pages, const int* page_table, const uint4* from, u16* ke
     const u32 scales = *(const u32*)(part + rows * row_bytes + 2 * place);
     u16* const to = (is_value ? values : keys) + ((size_t)token * kv_heads + head) * DIM;
     const size_t step = (size_t)kv_heads * DIM;
-    if (is_value) gather_two<VALUE_BITS>(words, scales, to, step, token + 1 < tokens, x, tables, lane);
-    else gather_two<KEY_BITS>(words, scales, to, step, token + 1 < tokens, x, tables, lane);
+    if (is_value) gather_two<VALUE_BITS>(words, scales, nullptr, to, step, token + 1 < tokens, x, tables, lane);
+    else gather_two<KEY_BITS>(words, scales, factors, to, step, token + 1 < tokens, x, tables, lane);
   }
 }

@@ -7,7 +7,8 @@ A page holds `page_tokens` tokens of all heads of one layer, as bytes, without g
     values' words and values' scales, likewise
 
 Words and scales are glq.kv.codec's. No centre is subtracted: sequences that begin alike share pages. A token's place is
-its slot, page · page_tokens + its number within the page.
+its slot, page · page_tokens + its number within the page. Where a layer has factors (glq.kv.channels), [head_dim] fp32,
+pages hold its keys times these.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glq.errors import GlqError
-from glq.kv.codec import KvCodec, check_head_dim, kv_codec
+from glq.kv.codec import KvCodec, check_head_dim, kv_codec, narrow
 
 _ALIGNED = 16  # tokens that a page is a multiple of: each of its four parts then starts at a multiple of 16 bytes
 _AT_ONCE = 4096  # tokens that are decoded at once: bounds what that takes beside its result
@@ -71,11 +72,14 @@ class PageLayout:
         return words[0], scales[0], words[1], scales[1]
 
 
-def write_reference(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def write_reference(
+    pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor, factors: Tensor | None = None
+) -> None:
     """keys and values [n, heads, head_dim] floating point become codes at slots [n]; a negative one is padding."""
     written = slots >= 0
     page, place = slots[written] // layout.page_tokens, slots[written] % layout.page_tokens
     key_words, key_scales, value_words, value_scales = layout.views(pages)
+    keys = keys if factors is None else keys.float() * factors
     for codec, x, words, scales in (
         (layout.key_codec, keys, key_words, key_scales),
         (layout.value_codec, values, value_words, value_scales),
@@ -84,18 +88,28 @@ def write_reference(pages: Tensor, layout: PageLayout, keys: Tensor, values: Ten
 
 
 def gather_reference(
-    pages: Tensor, layout: PageLayout, page_table_row: Tensor, tokens: int, dtype: torch.dtype
+    pages: Tensor,
+    layout: PageLayout,
+    page_table_row: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first tokens of the pages in page_table_row [k], decoded: keys and values [tokens, heads, head_dim]."""
     taken = page_table_row[: -(-tokens // layout.page_tokens)].long()
     key_words, key_scales, value_words, value_scales = layout.views(pages)
 
-    def vectors(codec: KvCodec, words: Tensor, scales: Tensor) -> Tensor:
+    def vectors(codec: KvCodec, words: Tensor, scales: Tensor, factors: Tensor | None = None) -> Tensor:
         some = taken.split(max(_AT_ONCE // layout.page_tokens, 1))
-        parts = [codec.decode(words[few], scales[few], dtype).transpose(1, 2).flatten(0, 1) for few in some]
+        parts = [decoded(codec, words[few], scales[few], factors).transpose(1, 2).flatten(0, 1) for few in some]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[:tokens]
 
-    keys = vectors(layout.key_codec, key_words, key_scales)
+    def decoded(codec: KvCodec, words: Tensor, scales: Tensor, factors: Tensor | None) -> Tensor:
+        if factors is None:
+            return codec.decode(words, scales, dtype)
+        return narrow(codec.decode(words, scales) / factors, dtype)
+
+    keys = vectors(layout.key_codec, key_words, key_scales, factors)
     return keys, vectors(layout.value_codec, value_words, value_scales)
 
 
@@ -108,6 +122,7 @@ def attend_reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence to all its tokens, its own, which is the last, among them; in fp32.
 
@@ -125,7 +140,7 @@ def attend_reference(
         start = page * layout.page_tokens  # earlier pages may belong to others by now
         keys, values = (
             x[first - start :].transpose(0, 1)
-            for x in gather_reference(pages, layout, page_table[i, page:], length - start, torch.float32)
+            for x in gather_reference(pages, layout, page_table[i, page:], length - start, torch.float32, factors)
         )
         grouped = q[i].float().unflatten(0, (layout.heads, -1))  # [heads, queries of each, head_dim]
         logits = grouped @ keys.mT * scale

@@ -20,10 +20,24 @@ __all__ = ["PageLayout", "attend", "gather", "has_kernels", "prepare", "write"]
 class Kernels(Protocol):
     """The three functions of glq.kv.layout, arguments and all. None waits for the GPU, nor needs to in a graph."""
 
-    def write(self, pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
+    def write(
+        self,
+        pages: Tensor,
+        layout: PageLayout,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        factors: Tensor | None,
+    ) -> None: ...
 
     def gather(
-        self, pages: Tensor, layout: PageLayout, page_table_row: Tensor, tokens: int, dtype: torch.dtype
+        self,
+        pages: Tensor,
+        layout: PageLayout,
+        page_table_row: Tensor,
+        tokens: int,
+        dtype: torch.dtype,
+        factors: Tensor | None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attend(
@@ -36,6 +50,7 @@ class Kernels(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        factors: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -64,20 +79,28 @@ def prepare(layout: PageLayout, queries: int, device: torch.device, dtype: torch
         gather(pages, layout, table[0], 1, dtype)
 
 
-def write(pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def write(
+    pages: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor, factors: Tensor | None = None
+) -> None:
     """keys and values [n, heads, head_dim] fp16, bf16 or fp32 become codes in pages [pages, nbytes] uint8.
 
-    slots [n] int64: page · page_tokens + place; a negative one is padding, of which nothing is written.
+    slots [n] int64: page · page_tokens + place; a negative one is padding, of which nothing is written. factors
+    [head_dim] fp32: keys are multiplied by these first, and whoever reads the pages gives the same.
     """
-    _write(pages, keys, values, slots, *_sizes(layout))
+    _write(pages, keys, values, slots, factors, *_sizes(layout))
 
 
 def gather(
-    pages: Tensor, layout: PageLayout, page_table_row: Tensor, tokens: int, dtype: torch.dtype
+    pages: Tensor,
+    layout: PageLayout,
+    page_table_row: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first tokens of the pages in page_table_row [k] int32, decoded: keys, values [tokens, heads, head_dim]."""
     kernels = _kernels(layout, pages.device, dtype)
-    return (kernels.gather if kernels else gather_reference)(pages, layout, page_table_row, tokens, dtype)
+    return (kernels.gather if kernels else gather_reference)(pages, layout, page_table_row, tokens, dtype, factors)
 
 
 def attend(
@@ -89,13 +112,14 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence, q [sequences, query heads, head_dim], whose own token is written already.
 
     page_table [sequences, pages] int32; lengths [sequences] int32, 0 for a padded row, which gives zeros. The rest as
     attend_reference has it.
     """
-    return _attend(q, pages, page_table, lengths, scale, window, softcap, *_sizes(layout))
+    return _attend(q, pages, page_table, lengths, scale, window, softcap, factors, *_sizes(layout))
 
 
 def _sizes(layout: PageLayout) -> tuple[int, int, int, int, int]:
@@ -108,6 +132,7 @@ def _write(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    factors: Tensor | None,
     heads: int,
     head_dim: int,
     key_bits: int,
@@ -116,7 +141,7 @@ def _write(
 ) -> None:
     layout = PageLayout(heads, head_dim, key_bits, value_bits, page_tokens)
     kernels = _kernels(layout, pages.device, keys.dtype)
-    (kernels.write if kernels else write_reference)(pages, layout, keys, values, slots)
+    (kernels.write if kernels else write_reference)(pages, layout, keys, values, slots, factors)
 
 
 @_write.register_fake
@@ -133,6 +158,7 @@ def _attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    factors: Tensor | None,
     heads: int,
     head_dim: int,
     key_bits: int,
@@ -142,7 +168,7 @@ def _attend(
     layout = PageLayout(heads, head_dim, key_bits, value_bits, page_tokens)
     kernels = _kernels(layout, q.device, q.dtype, q.shape[1])
     return (kernels.attend if kernels else attend_reference)(
-        q, pages, layout, page_table, lengths, scale, window, softcap
+        q, pages, layout, page_table, lengths, scale, window, softcap, factors
     )
 
 

@@ -194,9 +194,10 @@ template <int BITS> __device__ __forceinline__ void encode(Scratch& s, u8* row, 
   else encode_factored(s, row, halves);
 }
 
-// keys, values [tokens][kv_heads][DIM]; slots: page · PAGE_TOKENS + place in it, negative where a token is not kept. Grid: tokens, 2 · kv_heads.
+// keys, values [tokens][kv_heads][DIM]; factors [DIM]: what keys are multiplied by first, null for none.
+// slots: page · PAGE_TOKENS + place in it, negative where a token is not kept. Grid: tokens, 2 · kv_heads.
 extern "C" __global__ void __launch_bounds__(THREADS)
-write_tokens(const u16* keys, const u16* values, const long long* slots, const uint2* halves, u8* pages, int kv_heads, int page_bytes,
+write_tokens(const u16* keys, const u16* values, const long long* slots, const uint2* halves, const float* factors, u8* pages, int kv_heads, int page_bytes,
       int key_token, int key_head, int value_token, int value_head) {
   __shared__ Scratch s;
   const int head = blockIdx.y % kv_heads, lane = threadIdx.x % 32;
@@ -211,7 +212,7 @@ write_tokens(const u16* keys, const u16* values, const long long* slots, const u
   u16* const scale = (u16*)(part + kv_heads * PAGE_TOKENS * row_bytes) + place;
   const float reach = (is_value ? VALUE_BITS : KEY_BITS) == 2 ? 5 : 6;
 
-  for (int i = threadIdx.x; i < DIM; i += THREADS) s.x[i] = from16(from[i]);
+  for (int i = threadIdx.x; i < DIM; i += THREADS) s.x[i] = from16(from[i]) * (factors && !is_value ? factors[i] : 1);
   __syncthreads();
   if (threadIdx.x < 32) {
     mix(s.x, lane);

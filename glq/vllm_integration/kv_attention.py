@@ -11,6 +11,7 @@ from glq.errors import GlqError
 from glq.kv.pages import PageLayout, attend, gather, write
 from glq.vllm_integration.kv import KvOptions
 from glq.vllm_integration.kv_backend import pages_of
+from glq.vllm_integration.kv_factors import factors_of
 from glq.vllm_integration.kv_metadata import KvMetadata, Prompts
 from glq.vllm_integration.kv_prompts import prompt_attention
 
@@ -37,7 +38,8 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         } | {f"{name}={value!r}": value is not None for name, value in others.items()}
         if found := [name for name, is_so in refused.items() if is_so]:
             raise GlqError(f"the E8 KV cache does not go with {', '.join(found)}, which this model has")
-        config = get_current_vllm_config()
+        config = self.config = get_current_vllm_config()
+        self.factors: Tensor | None = None
         self.options = KvOptions.of(config)
         # A layer that reads another's pages may have no keys and values of its own
         self.as_pages_hold = self.options.repeatable or kv_sharing_target_layer_name is not None
@@ -53,12 +55,25 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         options = self.options
         return PageLayout(self.num_kv_heads, self.head_size, options.key_bits, options.value_bits, page_tokens)
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Before this a layer does not know its name, and afterwards pages are written.
+
+        When weights are loaded again, pages and CUDA graphs keep the factors that they have. As a buffer of the layer
+        these outlast a sleep of the engine.
+        """
+        layers = self.config.compilation_config.static_forward_context
+        name, layer = next((found for found in layers.items() if getattr(found[1], "impl", None) is self), ("", None))
+        factors = factors_of(self.config, self.kv_sharing_target_layer_name or name)
+        if self.factors is None and layer is not None and factors is not None and len(factors) == self.head_size:
+            self.factors = factors.to(self.config.device_config.device_type)
+            layer.register_buffer("glq_key_factors", self.factors, persistent=False)
+
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Every new token's codes, before attention reads them. What is padded beyond slot_mapping has none."""
         layout, tokens = self.layout(kv_cache.shape[2]), min(len(key), len(slot_mapping))
-        write(pages_of(kv_cache, layout), layout, key[:tokens], value[:tokens], slot_mapping[:tokens])
+        write(pages_of(kv_cache, layout), layout, key[:tokens], value[:tokens], slot_mapping[:tokens], self.factors)
 
     def forward(
         self,
@@ -79,9 +94,8 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         step, layout = attn_metadata, self.layout(kv_cache.shape[2])
         pages = pages_of(kv_cache, layout)
         if n := step.decodes:
-            output[:n] = attend(
-                query[:n], pages, layout, step.page_table[:n], step.lengths[:n], self.scale, self.window, self.softcap
-            )
+            table, how = step.page_table[:n], (self.scale, self.window, self.softcap, self.factors)
+            output[:n] = attend(query[:n], pages, layout, table, step.lengths[:n], *how)
         for prompts in step.prompts:
             part = prompts.tokens
             if prompts.earlier or self.as_pages_hold:
@@ -103,4 +117,4 @@ class GlqKvAttention(AttentionImpl[KvMetadata]):
         unseen = max(prompts.earlier - self.window + 1, 0) if self.window else 0  # by the first new token
         page = unseen // layout.page_tokens  # pages ahead of it may be others' by now
         tokens = prompts.earlier + prompts.longest - page * layout.page_tokens
-        return gather(pages, layout, page_table_row[page:], tokens, dtype)
+        return gather(pages, layout, page_table_row[page:], tokens, dtype, self.factors)

@@ -37,7 +37,7 @@ class Emulator:
 
     def launch(self, source, name, grid, block, shared, *arguments):
         assert shared <= 2**18
-        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
         getattr(_library(source, self._begin, self._resident), f"run_{name}")(columns, rows, block, array)
