@@ -41,6 +41,7 @@ class Plan:
     copies: int  # of the table in shared memory
     stages: int  # units on their way
     blocks: int  # of threads
+    experts: bool = False
 
     @property
     def rows(self) -> int:
@@ -75,6 +76,7 @@ class Plan:
             WARPGROUPS=self.shape.warpgroups,
             DECODERS=self.shape.decoders,
             STAGES=self.stages,
+            EXPERTS=int(self.experts),
         )
         parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
@@ -131,7 +133,7 @@ def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | Non
     rotated = rotate_tiles(x, weight.signs, weight.block, padded, SWIZZLED, gpu)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(slots * plan.rows * plan.shape.tokens)
-    tensors = (weight.codes, rotated, table, weight.scale, y, handed)
+    tensors = (weight.codes, rotated, table, weight.scale, y, handed, None, None)
     sizes = (tokens, padded, rows, row_tiles, col_tiles)
     gpu.launch(plan.source, "prefill", plan.blocks, plan.threads, plan.shared, *tensors, *sizes)
     return y

@@ -3,19 +3,21 @@ struct Output {
   u16* y;
   const void* scale;
   int tokens, rows;
+  const int* pairs = nullptr;  // which token of y one is, or none (−1); null: y has them as they are
 
-  // Of a lane's two rows of a fragment that begins at `row`.
-  __device__ __forceinline__ float2 scales(int row) const {
-    const int g = threadIdx.x % 32 / 4;
-    return make_float2(row + g < rows ? load_scale(scale, row + g) : 0, row + 8 + g < rows ? load_scale(scale, row + 8 + g) : 0);
+  // Of a lane's two rows of a fragment that begins at `row`, of one of several matrices.
+  __device__ __forceinline__ float2 scales(int row, int matrix = 0) const {
+    const int at = row + threadIdx.x % 32 / 4, first = matrix * rows;
+    return make_float2(at < rows ? load_scale(scale, first + at) : 0, at + 8 < rows ? load_scale(scale, first + at + 8) : 0);
   }
   // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
   __device__ __forceinline__ void put(float4 sum, float2 by, int row, int token) const {
     const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
     const u32 first = transpose(to16(sum.x * by.x) | (u32)to16(sum.y * by.x) << 16);
     const u32 second = transpose(to16(sum.z * by.y) | (u32)to16(sum.w * by.y) << 16);
-    if (token + g >= tokens) return;
-    u16* const to = y + (size_t)(token + g) * rows;
+    const int own = pairs ? pairs[token + g] : token + g < tokens ? token + g : -1;
+    if (own < 0) return;
+    u16* const to = y + (size_t)own * rows;
     put2(to, at, first);
     put2(to, at + 8, second);
   }

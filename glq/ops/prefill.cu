@@ -6,7 +6,8 @@
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES.
+// With experts, a tile's tokens are pairs of one of them, as route.cu has put them in order, and only the GPU knows how many tiles there are.
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES, EXPERTS (0 or 1).
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
@@ -14,15 +15,27 @@ static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
 
 // ---- which units a run has ----
 
+struct Tile {
+  int row_tile, token_block, expert;  // row_tile: the first one
+};
 struct Work {
-  int units, row_tiles, col_tiles, token_blocks;
+  int units, row_tiles, col_tiles, token_blocks, runs;
+  const int* experts;  // of the blocks of tokens
 
-  __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
-    units = (row_tiles + WARPGROUPS - 1) / WARPGROUPS * token_blocks * col_tiles;
+  __device__ Work(int row_tiles, int col_tiles, int token_blocks, const int* experts)
+      : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks), experts(experts) {
+    units = row_groups() * token_blocks * col_tiles;
+    runs = max(1, min((int)gridDim.x, units));  // that are not empty: these come last
   }
-  __device__ int begin(int run) const { return (int)((long long)units * run / (int)gridDim.x); }
-  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * (int)gridDim.x - 1) / units); }
-  __device__ int row_tile(int tile) const { return tile / token_blocks * WARPGROUPS; }  // the first one
+  __device__ int row_groups() const { return (row_tiles + WARPGROUPS - 1) / WARPGROUPS; }
+  __device__ int begin(int run) const { return (int)((long long)units * min(run, runs) / runs); }
+  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * runs - 1) / units); }
+  // Of a matrix, all tokens after each other have the same rows; of an expert, all rows the same tokens.
+  __device__ Tile tile(int n) const {
+    if (!EXPERTS) return {n / token_blocks * WARPGROUPS, n % token_blocks, 0};
+    const int block = n / row_groups();
+    return {n % row_groups() * WARPGROUPS, block, block < token_blocks ? experts[block] : 0};
+  }
 };
 __device__ __forceinline__ int own_run() { return gridDim.x - 1 - blockIdx.x; }
 
@@ -62,14 +75,15 @@ struct Place {
 // The tiles of which a warp decodes a step: every GROUPS-th of a run's, WARPGROUPS a unit.
 struct Cursor {
   static constexpr int GROUPS = DECODERS / 4;
-  int left, row, col, token_block, row_tile;  // units until the end of the run; row: of WARPGROUPS; row_tile: where they begin
+  int left, row, col, number;  // units until the end of the run; row: of WARPGROUPS
+  Tile tile;
 
   __device__ Cursor(const Work& work, int group) : row(group) {
-    const int begin = work.begin(own_run()), tile = begin / work.col_tiles;
+    const int begin = work.begin(own_run());
     left = work.begin(own_run() + 1) - begin;
+    number = begin / work.col_tiles;
     col = begin % work.col_tiles;
-    token_block = tile % work.token_blocks;
-    row_tile = work.row_tile(tile);
+    tile = work.tile(number);
     skip(work);
   }
   __device__ __forceinline__ void advance(const Work& work) {
@@ -82,17 +96,16 @@ struct Cursor {
       --left;
       if (++col < work.col_tiles) continue;
       col = 0;
-      if (++token_block < work.token_blocks) continue;
-      token_block = 0;
-      row_tile += WARPGROUPS;
+      tile = work.tile(++number);
     }
   }
-  __device__ __forceinline__ const u8* tile(const Work& work, const u8* codes) const {
-    return codes + (size_t)(min(row_tile + row, work.row_tiles - 1) * work.col_tiles + col) * TILE_BYTES;
+  __device__ __forceinline__ const u8* codes(const Work& work, const u8* of_all) const {
+    const size_t row_tile = (size_t)tile.expert * work.row_tiles + min(tile.row_tile + row, work.row_tiles - 1);
+    return of_all + (row_tile * work.col_tiles + col) * TILE_BYTES;
   }
 };
 // What the n-th of the decoding warps does.
-__device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, const u8* codes, const u16* x, int n) {
+__device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, const u8* codes, const u16* x, int x_blocks, int n) {
   constexpr int AHEAD = 3;  // jobs whose codes are requested ahead
   const int lane = threadIdx.x % 32;
   const bool brings_x = n % 4 == 0 && lane == 0;
@@ -102,7 +115,7 @@ __device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, c
   u32 r[AHEAD][Step::LOADED];
   #pragma unroll
   for (int i = 0; i < AHEAD; ++i) {
-    if (next.left > 0) step.load(r[i], next.tile(work, codes));
+    if (next.left > 0) step.load(r[i], next.codes(work, codes));
     next.advance(work);
   }
   if (brings_x) wait_for_previous();
@@ -112,9 +125,9 @@ __device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, c
     if (now.left <= 0) return false;
     await(ring.barriers->empty + place.stage, place.parity ^ 1);
     if (brings_x && now.row == 0)
-      copy_bulk(ring.x_at(place.stage), x + ((size_t)now.col * work.token_blocks + now.token_block) * (X_BYTES / 2), X_BYTES, ring.barriers->full + place.stage);
+      copy_bulk(ring.x_at(place.stage), x + ((size_t)now.col * x_blocks + now.tile.token_block) * (X_BYTES / 2), X_BYTES, ring.barriers->full + place.stage);
     step.decode(ring.at(place.stage) + now.row * ROW_TILE + to, r, copy);
-    if (next.left > 0) step.load(r, next.tile(work, codes));
+    if (next.left > 0) step.load(r, next.codes(work, codes));
     __syncwarp();
     if (lane == 0) arrive(ring.barriers->full + place.stage);
     place.advance((now.row + Cursor::GROUPS) / WARPGROUPS);
@@ -204,25 +217,27 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
     if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
     else {
       if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
-      const int row = work.row_tile(tile) * 64 + threadIdx.x / 32 * 16;
-      const float2 by = out.scales(row);
+      const Tile own = work.tile(tile);
+      const int row = own.row_tile * 64 + threadIdx.x / 32 * 16;
+      const float2 by = out.scales(row, own.expert);
       #pragma unroll
       for (int i = 0; i < TOKENS / 8; ++i)
-        out.put(make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), by, row, tile % work.token_blocks * TOKENS + 8 * i);
+        out.put(make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), by, row, own.token_block * TOKENS + 8 * i);
     }
     unit = stop;
   }
 }
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of place_of_step; codes, scale and y
-// as in decode.cu. handed: [grid][SLOT] EMPTY, which it is again at the end.
+// as in decode.cu, of all experts. handed: [grid][SLOT] EMPTY, which it is again at the end. blocks, pairs: as route.cu writes them, or null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
+prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed, const int* blocks, const int* pairs,
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
-  const Work work(row_tiles, col_tiles, padded / TOKENS);
+  if (EXPERTS) wait_for_previous();  // which counts blocks
+  const Work work(row_tiles, col_tiles, EXPERTS ? blocks[0] : padded / TOKENS, blocks + 1);
   const Ring ring{memory, (Barriers*)(memory + BARRIERS_AT)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -234,9 +249,9 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
   fill_table(memory, table, THREADS);
   __syncthreads();
   const int decoder = uniform(threadIdx.x / 32) - MULTIPLIERS;
-  if (decoder >= 0) decode_run(work, ring, codes, x, decoder);
+  if (decoder >= 0) decode_run(work, ring, codes, x, padded / TOKENS, decoder);
   else {
     wait_for_previous();
-    multiply_run(work, ring, Output{y, scale, tokens, rows}, handed);
+    multiply_run(work, ring, Output{y, scale, tokens, rows, pairs}, handed);
   }
 }

@@ -1,7 +1,7 @@
 // The rotation of x, in a launch of its own, and the order in which the kernels want it.
 // Macros, besides those of input.cuh: CHUNKS (of 256 columns in a block of the rotation, for rotate_chunks); LAYOUT: TILES of
 // 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart; SWIZZLED and FRAGMENTS, in rows of 64, ordered and
-// swizzled for prefill.cu and batch.cu; ROWS, x as it was.
+// swizzled for prefill.cu and batch.cu; ROWS, x as it was. GATHER (0 or 1): whether rotate_many takes rows of x in another order.
 
 static constexpr int TILES = 0, SWIZZLED = 1, FRAGMENTS = 2;
 
@@ -151,8 +151,9 @@ static constexpr int EIGHTHS = 64, SLOTS = EIGHTHS * TOGETHER;  // of a chunk: f
 // Where in a chunk four columns of a token lie: lanes that read or write at once differ in token or in its lowest bit, so in banks.
 __device__ __forceinline__ int slot_of(int four, int token) { return four * TOGETHER + (token ^ four % 2); }
 
+// GATHER: token i is row pairs[i] / each of x, or none (−1), up to blocks[0] times `tokens`.
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS, 16 / CHUNKS)
-rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tokens) {
+rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const int* pairs, int each, int held, int cols, int tokens) {
   extern __shared__ __align__(128) float4 fours[];  // [CHUNKS][SLOTS], then which of two columns change their sign, [WIDTH / 2]
   let_next_start();
   u32* const negative = (u32*)(fours + CHUNKS * SLOTS);
@@ -169,11 +170,14 @@ rotate_many(const u16* x, const u8* signs, u16* out, int held, int cols, int tok
   }
   uint4 raw[8];
   auto request = [&](int first) {
-    const uint4* const from = (const uint4*)(x + (size_t)(first + g) * cols + start + 256 * warp + 8 * t);
+    int row = first + g < tokens ? first + g : -1;
+    if (GATHER && row >= 0) row = pairs[row] < 0 ? -1 : pairs[row] / each;
+    const uint4* const from = (const uint4*)(x + (size_t)row * cols + start + 256 * warp + 8 * t);
     #pragma unroll
-    for (int q = 0; q < 8; ++q) raw[q] = first + g < tokens ? from[4 * q] : make_uint4(0, 0, 0, 0);
+    for (int q = 0; q < 8; ++q) raw[q] = row >= 0 ? from[4 * q] : make_uint4(0, 0, 0, 0);
   };
   wait_for_previous();
+  if (GATHER) tokens *= blocks[0];
   request(blockIdx.x * TOGETHER);
   __syncthreads();
   #pragma unroll 1

@@ -60,6 +60,7 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static void atomicAdd(int* at, int v) { *at += v; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static float __int_as_float(int v) { float f; std::memcpy(&f, &v, 4); return f; }
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
