@@ -1,0 +1,105 @@
+"""How the nodes of a trellis are spread over an NVIDIA GPU: what is compiled and launched."""
+
+from dataclasses import dataclass, replace
+
+from glq import nvrtc
+
+_COMMON = ("codecs/device.cuh", "codecs/viterbi.cuh")
+
+
+@dataclass(frozen=True)
+class Block:
+    """How the nodes of one trellis are spread over a block (codecs/viterbi.cu)."""
+
+    own: tuple[int, int]  # bits of even and odd steps
+    strips: int  # a block
+    lanes: int  # threads that hold every node once
+    groups: int  # of lanes, among which the rows of states are divided
+    held: int = 0  # values of two states that a thread keeps in registers, of those that it reads at every step
+    kept: int = 0  # the same, in shared memory
+
+    kernel = "viterbi"
+    blocks = 1  # of a group of strips
+
+    @property
+    def threads(self) -> int:
+        return self.lanes * self.groups
+
+    def shared(self, steps: int) -> int:
+        """Bytes of shared memory a block."""
+        words = (self.groups - 1) * nodes(self.own) // 2 + self.lanes // 32 + steps + 1
+        return self.kept * self.threads * 8 + self.strips * (2 * nodes(self.own) + 4 * words)
+
+    @property
+    def source(self) -> nvrtc.Source:
+        even, odd = self.own
+        spread = {"STRIPS": self.strips, "LANES": self.lanes, "GROUPS": self.groups}
+        unroll = (1 << odd) // self.groups if self.held else 4  # registers cannot be numbered at run time
+        at_hand = {"HELD": self.held, "KEPT": self.kept, "UNROLL": unroll}
+        macros = {"K0": even, "K1": odd, **spread, **at_hand}
+        return nvrtc.Source((*_COMMON, "codecs/viterbi.cu"), tuple(macros.items()))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How the nodes of one trellis are spread over a cluster of blocks, for one strip (codecs/viterbi_cluster.cu)."""
+
+    own: tuple[int, int]
+    blocks: int
+    threads: int  # a block
+
+    kernel = "viterbi_cluster"
+    strips = 1
+
+    def shared(self, steps: int) -> int:
+        """Bytes of shared memory a block."""
+        columns = 2 ** (15 - max(self.own)) // self.blocks
+        lanes = min(columns, self.threads)
+        partial = (self.threads // lanes - 1) * (nodes(self.own) // 2 // self.blocks)
+        leasts = 2 * self.blocks * max(1, lanes // 32)
+        return 16 + 4 * nodes(self.own) + 4 * (partial + leasts + steps + 1)
+
+    @property
+    def source(self) -> nvrtc.Source:
+        even, odd = self.own
+        values = 2**16 // self.blocks // self.threads  # registers of a thread
+        room = min(2, max(1, 2**16 // ((values + 32) * self.threads)))
+        macros = {"K0": even, "K1": odd, "CLUSTER": self.blocks, "THREADS": self.threads, "ROOM": room}
+        return nvrtc.Source((*_COMMON, "codecs/viterbi_cluster.cu"), tuple(macros.items()))
+
+
+Plan = Block | Cluster
+
+
+def nodes(own: tuple[int, int]) -> int:
+    """Before or after a step, at most."""
+    return 1 << 16 - min(own)
+
+
+# (lanes, groups) by the most own bits, measured on an H100: for few strips, whose blocks are alone on their
+# processors, and for many.
+_FEW = {3: (512, 1), 4: (512, 2), 5: (256, 2), 6: (256, 4), 7: (256, 4), 8: (128, 8)}
+_HELD = 8
+_CLUSTERS = {8: 256, 4: 256, 2: 512}  # blocks of a cluster: threads of a block, which have registers for what they hold
+_MANY = {3: (256, 1), 4: (256, 1), 5: (256, 1), 6: (256, 2), 7: (256, 2), 8: (128, 2)}
+
+
+def plan(own: tuple[int, int], strips: int, steps: int, processors: int, memory: int, arch: int) -> Plan:
+    """Few strips: a block or several for each, for the sake of time; many: several a block, for that of the L2 cache.
+
+    memory: bytes of shared memory that a block may have. arch: compute capability; there are clusters from 9.0 on.
+    """
+    if arch >= 90:
+        for blocks, threads in _CLUSTERS.items():
+            if strips * blocks <= processors:
+                return Cluster(own, blocks, threads)
+    least, most = min(own), max(own)
+    if strips > 8 * processors:
+        return Block(own, {3: 2, 4: 4}.get(least, 8), *_MANY[most])
+    alone = Block(own, 1, *_FEW[most])
+    if least == most and strips <= 2 * processors:
+        room = (memory - alone.shared(steps)) // (8 * alone.threads)
+        return replace(alone, held=_HELD, kept=min(2**15 // alone.threads - _HELD, room))
+    if strips <= 1.5 * processors:
+        return alone
+    return replace(alone, strips=2 if least == 3 else 4)
