@@ -146,10 +146,10 @@ __device__ __forceinline__ void walk(const Shared& s, const Values& v, u32* hist
   __syncthreads();
 }
 
-// x [strips][steps] half2, first and second [65536] halves, pairs as in best_state, all times the same scale; strips are filled
-// up to whole blocks. history [strips][steps][NODES] halves of scratch; states [strips][steps].
+// x [strips][steps], filled up to whole blocks; first and second [65536] halves and pairs as in best_state, times SCALE.
+// history [strips][steps][NODES] halves of scratch; states [strips][steps].
 extern "C" __global__ void __launch_bounds__(THREADS)
-viterbi(const u32* x, const u32* first, const u32* second, const u32* pairs, u32* history, int* states, int steps) {
+viterbi(const float2* x, const u32* first, const u32* second, const u32* pairs, u32* history, long long* states, int steps) {
   extern __shared__ __align__(16) u8 memory[];
   const Shared s(memory + KEPT * THREADS * sizeof(uint2), steps);
   wait_for_previous();
@@ -159,7 +159,7 @@ viterbi(const u32* x, const u32* first, const u32* second, const u32* pairs, u32
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const size_t strip = (size_t)blockIdx.x * STRIPS;
   history += strip * steps * (NODES / 2);
-  for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = x[strip * steps + i];
+  for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = scaled_pair(x + (strip + i / steps) * steps, steps, i % steps);
   walk(s, v, history, steps, steps / 2, false);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     u32 least = ~0u;

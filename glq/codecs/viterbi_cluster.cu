@@ -158,10 +158,10 @@ __device__ int find_start(const Shared& s, const u32* pairs, const u16* history,
   return trace(s.xs, pairs, history, nullptr, steps, steps / 2, steps - steps / 2, node, 0);
 }
 
-// x [strips][steps] half2, first and second [65536] halves, pairs as in best_state, all times the same scale. history
-// [strips][steps][NODES] halves of scratch; states [strips][steps].
+// x [strips][steps]; first and second [65536] halves and pairs as in best_state, times SCALE.
+// history [strips][steps][NODES] halves of scratch; states [strips][steps].
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, ROOM)
-viterbi_cluster(const u32* x, const u32* first, const u32* second, const u32* pairs, u32* history, int* states, int steps) {
+viterbi_cluster(const float2* x, const u32* first, const u32* second, const u32* pairs, u32* history, long long* states, int steps) {
   extern __shared__ __align__(16) u8 memory[];
   const Shared s(memory, steps);
   const Place p;
@@ -174,7 +174,7 @@ viterbi_cluster(const u32* x, const u32* first, const u32* second, const u32* pa
   }
   wait_for_previous();
   history += (size_t)strip * steps * (NODES / 2);
-  for (int i = threadIdx.x; i < steps; i += THREADS) s.xs[i] = x[(size_t)strip * steps + i];
+  for (int i = threadIdx.x; i < steps; i += THREADS) s.xs[i] = scaled_pair(x + (size_t)strip * steps, steps, i);
   const Values v(p, first, second);
   sync_cluster();  // nothing is sent before all blocks have their barriers
   walk(s, p, v, history, steps, steps, middle, 0, -1, steps - middle);

@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 
 from glq import nvrtc
 
-_COMMON = ("codecs/device.cuh", "codecs/viterbi.cuh")
+SCALE = 8  # of weights and values
+_FAR = 10  # weights beyond count as this
 
 
 @dataclass(frozen=True)
 class Block:
     """How the nodes of one trellis are spread over a block (codecs/viterbi.cu)."""
 
-    own: tuple[int, int]  # bits of even and odd steps
+    own: tuple[int, int]  # bits of even and odd steps of the walk, from the last pair to the first
     strips: int  # a block
     lanes: int  # threads that hold every node once
     groups: int  # of lanes, among which the rows of states are divided
@@ -36,8 +37,7 @@ class Block:
         spread = {"STRIPS": self.strips, "LANES": self.lanes, "GROUPS": self.groups}
         unroll = (1 << odd) // self.groups if self.held else 4  # registers cannot be numbered at run time
         at_hand = {"HELD": self.held, "KEPT": self.kept, "UNROLL": unroll}
-        macros = {"K0": even, "K1": odd, **spread, **at_hand}
-        return nvrtc.Source((*_COMMON, "codecs/viterbi.cu"), tuple(macros.items()))
+        return _source("viterbi.cu", {"K0": even, "K1": odd, **spread, **at_hand})
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,16 @@ class Cluster:
         even, odd = self.own
         values = 2**16 // self.blocks // self.threads  # registers of a thread
         room = min(2, max(1, 2**16 // ((values + 32) * self.threads)))
-        macros = {"K0": even, "K1": odd, "CLUSTER": self.blocks, "THREADS": self.threads, "ROOM": room}
-        return nvrtc.Source((*_COMMON, "codecs/viterbi_cluster.cu"), tuple(macros.items()))
+        spread = {"CLUSTER": self.blocks, "THREADS": self.threads, "ROOM": room}
+        return _source("viterbi_cluster.cu", {"K0": even, "K1": odd, **spread})
 
 
 Plan = Block | Cluster
+
+
+def _source(kernel: str, macros: dict[str, int]) -> nvrtc.Source:
+    files = ("codecs/device.cuh", "codecs/viterbi.cuh", f"codecs/{kernel}")
+    return nvrtc.Source(files, tuple({"SCALE": SCALE, "FAR": _FAR, **macros}.items()))
 
 
 def nodes(own: tuple[int, int]) -> int:
