@@ -85,7 +85,8 @@ def nodes(own: tuple[int, int]) -> int:
 # processors, and for many.
 _FEW = {3: (512, 1), 4: (512, 2), 5: (256, 2), 6: (256, 4), 7: (256, 4), 8: (128, 8)}
 _HELD = 8
-_CLUSTERS = {8: 256, 4: 256, 2: 512}  # blocks of a cluster: threads of a block, which have registers for what they hold
+# Up to how many strips a processor: blocks of a cluster, and threads of a block, with registers for what they hold.
+_CLUSTERS = ((1 / 8, 8, 256), (1 / 4, 4, 256), (1 / 2, 2, 512))
 _MANY = {3: (256, 1), 4: (256, 1), 5: (256, 1), 6: (256, 2), 7: (256, 2), 8: (128, 2)}
 
 
@@ -95,16 +96,16 @@ def plan(own: tuple[int, int], strips: int, steps: int, processors: int, memory:
     memory: bytes of shared memory that a block may have. arch: compute capability; there are clusters from 9.0 on.
     """
     if arch >= 90:
-        for blocks, threads in _CLUSTERS.items():
-            if strips * blocks <= processors:
+        for most, blocks, threads in _CLUSTERS:
+            if strips <= most * processors:
                 return Cluster(own, blocks, threads)
-    least, most = min(own), max(own)
+    narrow, wide = min(own), max(own)
     if strips > 8 * processors:
-        return Block(own, {3: 2, 4: 4}.get(least, 8), *_MANY[most])
-    alone = Block(own, 1, *_FEW[most])
-    if least == most and strips <= 2 * processors:
+        return Block(own, {3: 2, 4: 4}.get(narrow, 8), *_MANY[wide])
+    alone = Block(own, 1, *_FEW[wide])
+    if narrow == wide and strips <= 2 * processors:
         room = (memory - alone.shared(steps)) // (8 * alone.threads)
         return replace(alone, held=_HELD, kept=min(2**15 // alone.threads - _HELD, room))
     if strips <= 1.5 * processors:
         return alone
-    return replace(alone, strips=2 if least == 3 else 4)
+    return replace(alone, strips=2 if narrow == 3 else 4)
