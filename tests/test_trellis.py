@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from glq import nvrtc
-from glq.codecs import CODECS, viterbi, viterbi_cuda
+from glq.codecs import CODECS, viterbi
 from glq.codecs.trellis import MULTIPLIER, Trellis, pair_table, state_values
 
 TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
 EVERY = pytest.mark.parametrize("name", TRELLISES)
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-MULTIPROCESSORS = 132
 
 
 def pairs(n: int, seed: int = 0) -> torch.Tensor:
@@ -94,42 +91,3 @@ def test_no_other_bit_is_better(name):
     free = errors[16 - min(codec.step_bits) :]  # the node: the first bits of the circle
     assert (free >= best).all()
     assert (errors >= best).float().mean() > 0.98
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_source_compiles_for_every_architecture_within_its_limits(arch):
-    for name, strips in (
-        ("trellis-1.5", 64),
-        ("trellis-1.75", 400),
-        ("trellis-2.25", 5000),
-        ("trellis-3", 400),
-        ("trellis-3.75", 64),
-    ):
-        plan = viterbi_cuda.plan(TRELLISES[name].step_bits, strips, 64, MULTIPROCESSORS, 99 * 1024)
-        assert plan.threads <= 1024
-        assert plan.shared(64) <= 99 * 1024
-        assert plan.source.compile(arch)[:4] == b"\x7fELF"
-
-
-def test_cubins_are_kept_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = viterbi_cuda.plan((8, 8), 10, 64, MULTIPROCESSORS, 99 * 1024).source
-    code = source.cubin("sm_90")
-    assert [f.read_bytes() for f in (tmp_path / "glq").iterdir()] == [code]
-    monkeypatch.setattr(nvrtc.Source, "compile", lambda *_: pytest.fail("compiled again"))
-    assert source.cubin("sm_90") == code
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@EVERY
-@pytest.mark.parametrize("strips", [1, 7, 300, 2100])
-def test_cuda_finds_paths_as_good_as_the_reference(name, strips):
-    codec = TRELLISES[name]
-    values, x = state_values(codec, torch.device("cuda")), pairs(strips).cuda()
-    own = codec.step_bits[::-1]  # in the order of the walk
-    found = viterbi_cuda.search(x, values, own)
-    some = slice(0, 64)
-    best = viterbi.reference(x[some], values, own)
-    assert error(x[some], found[some], values) == pytest.approx(error(x[some], best, values), rel=2e-3)
-    codes = codec.encode(x.flip(1).view(-1, 8, 16))
-    assert torch.equal(codec.decode(codes).view(-1, 64, 2), values[found.flip(1)])

@@ -56,24 +56,26 @@ class Trellis:
         """x [..., 8, 16] float → codes [..., 8] int64 and their values [..., 8, 16] fp32."""
         table = state_values(self, x.device)
         states = best_states(x.reshape(-1, _PAIRS, 2).float(), table, self.step_bits)
-        at, width = self._word(x.device)
-        own = states.view(-1, 8, _WORD_PAIRS) & (1 << width) - 1
+        at, _, mask = _word(self, x.device)
+        own = states.view(-1, 8, _WORD_PAIRS) & mask
         return (own << at).sum(-1).view(x.shape[:-1]), table[states].view(x.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [..., 8] int → [..., 8, 16] fp32."""
-        at, width = self._word(codes.device)
-        own = (codes.long()[..., None] >> at & (1 << width) - 1).flatten(-2)
+        at, width, mask = _word(self, codes.device)
+        own = (codes.long()[..., None] >> at & mask).flatten(-2)
         states, filled = own.clone(), width.repeat(8)
         for ahead in range(1, -(-STATE_BITS // min(self.step_bits))):
             states |= own.roll(-ahead, -1) << filled
             filled = filled + width.repeat(8).roll(-ahead)
         return state_values(self, codes.device)[states & (1 << STATE_BITS) - 1].view(*codes.shape, self.group)
 
-    def _word(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where in a word the bits of its 8 pairs begin, and how many each has: [8] int64 both."""
-        ends = torch.arange(_WORD_PAIRS + 1, device=device) * self.code_bits // _WORD_PAIRS
-        return ends[:-1], ends.diff()
+
+@cache
+def _word(codec: Trellis, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where in a word the bits of its 8 pairs begin, how many each has, and as many ones: [8] int64 all."""
+    ends = torch.arange(_WORD_PAIRS + 1, device=device) * codec.code_bits // _WORD_PAIRS
+    return ends[:-1], ends.diff(), (1 << ends.diff()) - 1
 
 
 @cache

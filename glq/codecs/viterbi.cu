@@ -1,27 +1,9 @@
 // Viterbi over the bit-shift trellis of codecs/viterbi.py: a block walks STRIPS strips at once around their circles.
 //
-// Costs are halves: the least cost is subtracted at every step, distances are sums of squares of small differences, and
-// so their errors are relative; on N(0, 1) the path is as good as with fp32 costs. Two nodes share every instruction.
-// Macros: K0, K1 own bits of even and odd steps, STRIPS strips a block, LANES threads that together hold every node once,
+// Macros: K0, K1 as in viterbi.cuh, STRIPS strips a block, LANES threads that together hold every node once,
 // GROUPS groups of them that share the rows of states; of the values that a thread reads at every step, HELD stay in its
 // registers and KEPT in shared memory (where all steps have the same bits), and the rest comes from the L2 cache.
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-static constexpr int NODES = 1 << (16 - (K0 < K1 ? K0 : K1));  // at most, before or after a step
-static constexpr int START = 1 << (16 - K0);                   // before step 0
 static constexpr int THREADS = LANES * GROUPS, WARPS = LANES / 32;
-static constexpr u32 INFINITE = 0x7C007C00u;
-
-__device__ __forceinline__ u32 sub2(u32 a, u32 b) { u32 r; asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
-__device__ __forceinline__ u32 min2(u32 a, u32 b) { u32 r; asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
-__device__ __forceinline__ u32 low2(u32 a) { return __byte_perm(a, a, 0x1010); }
-__device__ __forceinline__ u32 high2(u32 a) { return __byte_perm(a, a, 0x3232); }
-__device__ __forceinline__ u32 cost2(u32 first, u32 second, u32 x0, u32 x1, u32 before) {
-  u32 a = sub2(first, x0), b = sub2(second, x1);
-  return fma2(b, b, fma2(a, a, before));
-}
 
 // The values of all states, in their order, and the part of them that this thread has at hand.
 struct Values {
@@ -40,7 +22,7 @@ struct Values {
 // Shared memory: before [NODES][STRIPS] halves, partial [GROUPS - 1][NODES / 2][STRIPS], least [WARPS][STRIPS], xs.
 struct Shared {
   u16* before; u32* partial; u32* least; u32* xs; int* starts;
-  __device__ Shared(unsigned char* at, int steps) {
+  __device__ Shared(u8* at, int steps) {
     before = (u16*)at; at += NODES * STRIPS * 2;
     partial = (u32*)at; at += (GROUPS - 1) * (NODES / 2) * STRIPS * 4;
     least = (u32*)at; at += WARPS * STRIPS * 4;
@@ -133,7 +115,7 @@ __device__ __forceinline__ void step(const Shared& s, const Values& v, u32* hist
         const int pair = q * LANES + lane;
         u32 b = best[q][k];
         for (int o = 0; o < GROUPS - 1; ++o) b = min2(b, s.partial[(o * ROW + pair) * STRIPS + k]);
-        b = sub2(b, before);
+        b = subtract2(b, before);
         least[k] = min2(least[k], b);
         s.before[2 * pair * STRIPS + k] = (u16)b;
         s.before[(2 * pair + 1) * STRIPS + k] = (u16)(b >> 16);
@@ -164,61 +146,32 @@ __device__ __forceinline__ void walk(const Shared& s, const Values& v, u32* hist
   __syncthreads();
 }
 
-// A warp follows one strip's best path back, from `node` at the end to step `stop`; states may be null. Returns the node before `stop`.
-__device__ int trace(const Shared& s, const u16* first, const u16* second, const u16* history, int* states, int k, int steps,
-                     int shift, int stop, int node, int start) {
-  const int lane = threadIdx.x % 32;
-  for (int i = steps - 1; i >= stop; --i) {
-    const int t = (i + shift) % steps;
-    const int in = K0 == K1 || t % 2 == 0 ? K0 : K1, out = K0 == K1 || t % 2 == 0 ? K1 : K0;
-    const u32 x = s.xs[k * steps + t];
-    u32 least = ~0u;
-    if (i == 0) {
-      least = start >> (16 - in - out);
-    } else {
-      #pragma unroll
-      for (int h = lane; h < 1 << out; h += 32) {  // K0 == K1: so many loads at once
-        const int state = h << (16 - out) | node;
-        u32 m = history[(size_t)i * NODES + (state >> in)];
-        u32 c = cost2(first[state], second[state], x & 0xFFFF, x >> 16, m) & 0xFFFF;
-        least = min(least, c << 16 | h);
-      }
-      #pragma unroll
-      for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
-    }
-    const int state = (least & 0xFFFF) << (16 - out) | node;
-    if (states && lane == 0) states[t] = state;
-    node = state >> in;
-  }
-  return node;
-}
-
-// x [strips][steps] half2, first and second [65536] halves, all times the same scale; strips are filled up to whole blocks.
+// x [strips][steps], filled up to whole blocks; first and second [65536] halves and pairs as in best_state, times SCALE.
 // history [strips][steps][NODES] halves of scratch; states [strips][steps].
-extern "C" __global__ void __launch_bounds__(THREADS) viterbi(const u32* x, const u32* first, const u32* second, u32* history, int* states, int steps) {
-  extern __shared__ __align__(16) unsigned char memory[];
+extern "C" __global__ void __launch_bounds__(THREADS)
+viterbi(const float2* x, const u32* first, const u32* second, const u32* pairs, u32* history, long long* states, int steps) {
+  extern __shared__ __align__(16) u8 memory[];
   const Shared s(memory + KEPT * THREADS * sizeof(uint2), steps);
+  wait_for_previous();
   Values v;
   v.first = first; v.second = second; v.kept = (uint2*)memory;
   hold(v);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const size_t strip = (size_t)blockIdx.x * STRIPS;
   history += strip * steps * (NODES / 2);
-  for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = x[strip * steps + i];
+  for (int i = threadIdx.x; i < STRIPS * steps; i += THREADS) s.xs[i] = scaled_pair(x + (strip + i / steps) * steps, steps, i % steps);
   walk(s, v, history, steps, steps / 2, false);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     u32 least = ~0u;
     for (int i = lane; i < START; i += 32) least = min(least, (u32)s.before[i * STRIPS + k] << 16 | i);
-    #pragma unroll
-    for (int o = 16; o; o >>= 1) least = min(least, __shfl_xor_sync(~0u, least, o));
+    const int node = __reduce_min_sync(~0u, least) & 0xFFFF;
     const u16* mine = (const u16*)history + (size_t)k * steps * NODES;
-    const int node = trace(s, (const u16*)first, (const u16*)second, mine, nullptr, k, steps, steps / 2, steps - steps / 2, least & 0xFFFF, 0);
-    if (lane == 0) s.starts[k] = node;
+    s.starts[k] = trace(s.xs + k * steps, pairs, mine, nullptr, steps, steps / 2, steps - steps / 2, node, 0);
   }
   __syncthreads();
   walk(s, v, history, steps, 0, true);
   for (int k = warp; k < STRIPS; k += THREADS / 32) {
     const u16* mine = (const u16*)history + (size_t)k * steps * NODES;
-    trace(s, (const u16*)first, (const u16*)second, mine, states + (strip + k) * steps, k, steps, 0, 0, s.starts[k], s.starts[k]);
+    trace(s.xs + k * steps, pairs, mine, states + (strip + k) * steps, steps, 0, 0, s.starts[k], s.starts[k]);
   }
 }

@@ -26,7 +26,7 @@ def best_states(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     own: bits of the even pairs and of the odd ones; where they differ, the number of pairs is a multiple of 4.
     By CUDA C++ (cuda-core) or numba; where there is neither by `reference`, which is tens of times slower.
     """
-    return _search_on(x.device.type)(x.flip(1).contiguous(), values, own[::-1]).flip(1)
+    return _search_on(x.device.type)(x, values, own)
 
 
 @cache
@@ -43,11 +43,12 @@ def _search_on(device: str) -> Search:
 
 
 def reference(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
-    """What the fast versions compute: x [n, steps, 2], in the order of the walk → states [n, steps] int64."""
+    """What the fast versions compute, with the arguments of best_states."""
+    x, own = x.flip(1), own[::-1]  # in the order of the walk
     steps = x.shape[1]
     middle = steps // 2
     start = _walk(x.roll(-middle, 1), values, own, None)[:, steps - middle - 1] & (1 << 16 - own[0]) - 1
-    return _walk(x, values, own, start)
+    return _walk(x, values, own, start).flip(1)
 
 
 def _walk(x: Tensor, values: Tensor, own: tuple[int, int], start: Tensor | None) -> Tensor:

@@ -9,10 +9,11 @@ _HUGE = np.float32(1e30)
 
 
 def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
-    """As viterbi.reference: x [n, steps, 2] fp32 on the CPU → states [n, steps] int64."""
+    """As viterbi.best_states, on the CPU."""
     first, second = values.T.contiguous().numpy()
-    states = _search(x.numpy(), first, second, (first * first + second * second) / 2, own)
-    return torch.from_numpy(states).long()
+    walked = x.flip(1).contiguous().numpy()
+    states = _search(walked, first, second, (first * first + second * second) / 2, own[::-1])
+    return torch.from_numpy(states).long().flip(1)
 
 
 @njit(fastmath=True, cache=True)

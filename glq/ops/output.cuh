@@ -10,14 +10,18 @@ struct Output {
     const int at = row + threadIdx.x % 32 / 4, first = matrix * rows;
     return make_float2(at < rows ? load_scale(scale, first + at) : 0, at + 8 < rows ? load_scale(scale, first + at + 8) : 0);
   }
+  // Which token of y the lane's one of eight is, or −1.
+  __device__ __forceinline__ int place(int token) const {
+    const int at = token + threadIdx.x % 32 / 4;
+    return pairs ? __ldg(pairs + at) : at < tokens ? at : -1;
+  }
   // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
-  __device__ __forceinline__ void put(float4 sum, float2 by, int row, int token) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, at = row + 2 * (lane % 4);
+  __device__ __forceinline__ void put(float4 sum, float2 by, int row, int place) const {
+    const int at = row + 2 * (threadIdx.x % 4);
     const u32 first = transpose(to16(sum.x * by.x) | (u32)to16(sum.y * by.x) << 16);
     const u32 second = transpose(to16(sum.z * by.y) | (u32)to16(sum.w * by.y) << 16);
-    const int own = pairs ? pairs[token + g] : token + g < tokens ? token + g : -1;
-    if (own < 0) return;
-    u16* const to = y + (size_t)own * rows;
+    if (place < 0) return;
+    u16* const to = y + (size_t)place * rows;
     put2(to, at, first);
     put2(to, at + 8, second);
   }

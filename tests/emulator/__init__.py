@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh")  # by cuda.h
+PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh", "device.cuh")  # by cuda.h
 
 
 class Emulator:
@@ -23,7 +23,7 @@ class Emulator:
     def __init__(
         self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024, resident: int = 1
     ) -> None:
-        """begin: where dynamic shared memory does. resident: blocks that run at a time."""
+        """begin: where dynamic shared memory does. resident: blocks that run at a time, at least all of a cluster."""
         self._begin = begin
         self._resident = resident
         self.multiprocessors = multiprocessors
@@ -52,7 +52,8 @@ def _library(source, begin, resident):
     )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
     macros += f"#define SHARED_BEGIN {begin}\n#define RESIDENT {resident}\n"
-    text = macros + (HERE / "cuda.h").read_text() + code + _entries(code)
+    headers = ("cuda.h", "cluster.h") if "CLUSTER" in dict(source.macros) else ("cuda.h",)
+    text = macros + "".join((HERE / header).read_text() for header in headers) + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / "kernels.so"
     if not library.exists():

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -18,6 +19,7 @@
 #define __forceinline__ inline
 #define __align__(n)
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 #define __CUDA_ARCH__ 900
 
@@ -46,6 +48,11 @@ static std::function<void()> body;
 static void pause_as(State state) {
   fibers[current].state = state;
   swapcontext(&fibers[current].context, &scheduler);
+}
+static bool arrived;  // whether what a thread waited for has come since this was last set back
+template <typename F> static void poll(F come) {
+  while (!come()) pause_as(POLLING);
+  arrived = true;
 }
 static void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s in block %d, %d\n", what, blockIdx.x, blockIdx.y);
@@ -87,8 +94,24 @@ template <typename F> static u32 ask_lanes(u32 v, F f) {
 }
 static u32 __ballot_sync(u32, bool v) { return ask_lanes(v, [](u32 other) { return other != 0; }); }
 static u32 __match_any_sync(u32, u32 v) { return ask_lanes(v, [v](u32 other) { return other == v; }); }
+static u32 __reduce_min_sync(u32, u32 v) {
+  auto& shown = exchange[current / 32];
+  shown[current % 32][0] = v;
+  sync_warp();
+  for (int l = 0; l < 32; ++l) v = min(v, shown[l][0]);
+  sync_warp();
+  return v;
+}
 static u32 __shfl_up_sync(u32 mask, u32 v, int d) { return __shfl_sync(mask, v, max(current % 32 - d, 0)); }
-static float __shfl_xor_sync(u32 mask, float v, int m) { return __uint_as_float(__shfl_sync(mask, __float_as_uint(v), current % 32 ^ m)); }
+template <typename T> static T __shfl_xor_sync(u32 mask, T v, int m) {  // T: of 4 bytes
+  u32 bits;
+  std::memcpy(&bits, &v, 4);
+  bits = __shfl_sync(mask, bits, current % 32 ^ m);
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+template <typename T> static T __ldg(const T* p) { return *p; }
+template <typename T> static T __ldcg(const T* p) { return *p; }
 
 // ---- ops/ptx.cuh ----
 
@@ -100,6 +123,7 @@ static u32 prmt(u32 a, u32 b, u32 s) {
   }
   return r;
 }
+static u32 __byte_perm(u32 a, u32 b, u32 s) { return prmt(a, b, s); }
 static int uniform(int v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
@@ -122,11 +146,11 @@ static void store_shared_by_gpu(float* p, u32 a, u32 b, u32 c, u32 d) {
 }
 static uint4 load_shared_by_gpu(const float* p) {
   uint4 v;
-  for (;;) {
+  poll([&] {
     std::memcpy(&v, p, 16);
-    if (v.x != ~0u && v.y != ~0u && v.z != ~0u && v.w != ~0u) return v;
-    pause_as(POLLING);
-  }
+    return v.x != ~0u && v.y != ~0u && v.z != ~0u && v.w != ~0u;
+  });
+  return v;
 }
 static void commit_async() {}
 static void wait_async() {}
@@ -184,18 +208,30 @@ static float power_of_2(float v) { return std::exp2(v); }
 static float log_2(float v) { return std::log2(v); }
 static float reciprocal(float v) { return 1 / v; }
 
+// ---- blocks that have begun ----
+
+struct Block {
+  Index index;
+  std::vector<Fiber> fibers;
+  std::vector<u8> shared, shown;  // while others run
+};
+static std::vector<std::unique_ptr<Block>> resident;
+
 // ---- ops/wgmma.cuh ----
 
 typedef unsigned long long u64;
-struct Barrier { u16 arrivals, missing, phase, unused; };
-static void init_barrier(u64* b, int arrivals) { *(Barrier*)b = {(u16)arrivals, (u16)arrivals, 0, 0}; }
+struct Barrier { u32 arrivals : 12, missing : 12, phase : 8; int bytes; };  // bytes: that are still to come
+static void init_barrier(u64* b, int arrivals) { *(Barrier*)b = {(u32)arrivals, (u32)arrivals, 0, 0}; }
 static void publish_barriers() {}
-static void arrive(u64* at) {
+static void count_in(u64* at, int arrivals, int bytes) {
   Barrier& b = *(Barrier*)at;
-  if (--b.missing == 0) b.missing = b.arrivals, ++b.phase;
+  b.missing -= arrivals, b.bytes += bytes;
+  if (b.missing == 0 && b.bytes == 0) b.missing = b.arrivals, ++b.phase;
 }
+static void arrive(u64* b) { count_in(b, 1, 0); }
+static void expect(u64* b, u32 bytes) { count_in(b, 1, (int)bytes); }
 static void await(u64* b, u32 parity) {
-  while ((((volatile Barrier*)b)->phase & 1) == parity) pause_as(READY);
+  poll([=] { return (((volatile Barrier*)b)->phase & 1) != parity; });
 }
 static void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("bulk copy out of place");
@@ -264,11 +300,6 @@ template <int PENDING> static void await_products() {
 #define RESIDENT 1
 #endif
 
-struct Block {
-  Index index;
-  std::vector<Fiber> fibers;
-  std::vector<u8> shared, shown;  // while others run
-};
 static void run_fiber() {
   body();
   fibers[current].state = DONE;
@@ -295,13 +326,13 @@ static bool run_block(int threads, bool& progress) {
   };
   auto release = [&](int from, int to) { for (int i = from; i < to; ++i) fibers[i].state = READY; };
   for (;;) {
-    bool moved = false;
+    bool moved = arrived = false;
     for (current = 0; current < threads; ++current) {
       const State before = fibers[current].state;
       if (before != READY && before != POLLING) continue;
       threadIdx = {current, 0};
       swapcontext(&scheduler, &fibers[current].context);
-      moved |= fibers[current].state != POLLING || before != POLLING;
+      moved |= arrived || fibers[current].state != POLLING || before != POLLING;
     }
     for (int w = 0; w < threads; w += 32)
       if (count(w, w + 32, IN_WARP) == 32) release(w, w + 32), moved = true;
@@ -312,35 +343,36 @@ static bool run_block(int threads, bool& progress) {
     if (!moved) fail("threads wait for others that never come");
   }
 }
+static void rest(Block& block) {
+  block.fibers.swap(fibers);
+  block.shared.assign(dynamic_shared, dynamic_shared + sizeof dynamic_shared);
+  block.shown.assign((u8*)exchange, (u8*)exchange + sizeof exchange);
+}
+static void wake(Block& block) {
+  fibers.swap(block.fibers);
+  std::copy(block.shared.begin(), block.shared.end(), dynamic_shared);
+  std::copy(block.shown.begin(), block.shown.end(), (u8*)exchange);
+}
 static void run_grid(int columns, int rows, int threads, std::function<void()> kernel) {
   gridDim = {columns, rows};
   blockDim = {threads, 1};
   body = kernel;
-  std::vector<Block> waiting;
-  for (int started = 0; started < columns * rows || !waiting.empty();) {
+  for (int started = 0; started < columns * rows || !resident.empty();) {
     bool progress = false;
-    std::vector<Block> before;
-    before.swap(waiting);
-    auto go_on = [&](Block&& block) {
-      blockIdx = block.index;
-      if (run_block(threads, progress)) return;
-      block.fibers.swap(fibers);
-      block.shared.assign(dynamic_shared, dynamic_shared + sizeof dynamic_shared);
-      block.shown.assign((u8*)exchange, (u8*)exchange + sizeof exchange);
-      waiting.push_back(std::move(block));
-    };
-    for (Block& block : before) {
-      fibers.swap(block.fibers);
-      std::copy(block.shared.begin(), block.shared.end(), dynamic_shared);
-      std::copy(block.shown.begin(), block.shown.end(), (u8*)exchange);
-      go_on(std::move(block));
-    }
-    while (started < columns * rows && (int)waiting.size() < RESIDENT) {
+    while (started < columns * rows && (int)resident.size() < RESIDENT) {
+      resident.push_back(std::make_unique<Block>(Block{{started % columns, started / columns}}));
+      blockIdx = resident.back()->index;
       begin_block(threads);
-      const Index index = {started % columns, started / columns};
+      rest(*resident.back());
       ++started, progress = true;
-      go_on({index, {}, {}, {}});
     }
+    for (auto& block : resident) {
+      blockIdx = block->index;
+      wake(*block);
+      if (run_block(threads, progress)) block.reset();
+      else rest(*block);
+    }
+    resident.erase(std::remove(resident.begin(), resident.end(), nullptr), resident.end());
     if (!progress) fail("wait for what no block before it hands over");
   }
 }
