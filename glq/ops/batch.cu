@@ -145,7 +145,7 @@ __device__ __forceinline__ void add_up(const float4* sums, float4* handed, int p
     const int of_warp = f / HELD, m = f % HELD / BLOCKS_OF_8;  // where the warp that had it has its rows
     const int tile = of_warp / 4 * PRODUCTS + of_warp % 4 / SHARED_BY, part = of_warp % 4 % SHARED_BY;
     const int first = row + 64 * tile + 16 * (part * PRODUCTS + m);
-    out.put(sum, out.scales(first), first, out.place(token + f % BLOCKS_OF_8 * 8));
+    out.put(sum, out.scales(first), first, out.place(token + f % BLOCKS_OF_8 * 8 + lane / 4));
   }
 }
 

@@ -1,4 +1,4 @@
-"""The product over experts with many pairs on a Hopper GPU: launches ops/route.cu and ops/prefill.cu, for trellis codecs."""
+"""The product over experts with many pairs on a Hopper GPU: launches ops/route.cu and ops/prefill.cu, for trellises."""
 
 from dataclasses import replace
 

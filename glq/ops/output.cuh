@@ -10,12 +10,9 @@ struct Output {
     const int at = row + threadIdx.x % 32 / 4, first = matrix * rows;
     return make_float2(at < rows ? load_scale(scale, first + at) : 0, at + 8 < rows ? load_scale(scale, first + at + 8) : 0);
   }
-  // Which token of y the lane's one of eight is, or −1.
-  __device__ __forceinline__ int place(int token) const {
-    const int at = token + threadIdx.x % 32 / 4;
-    return pairs ? __ldg(pairs + at) : at < tokens ? at : -1;
-  }
-  // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens.
+  // Which token of y one is, or −1.
+  __device__ __forceinline__ int place(int token) const { return pairs ? __ldg(pairs + token) : token < tokens ? token : -1; }
+  // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens; place: of token lane / 4.
   __device__ __forceinline__ void put(float4 sum, float2 by, int row, int place) const {
     const int at = row + 2 * (threadIdx.x % 4);
     const u32 first = transpose(to16(sum.x * by.x) | (u32)to16(sum.y * by.x) << 16);

@@ -220,12 +220,14 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
       const Tile own = work.tile(tile);
       const int row = own.row_tile * 64 + threadIdx.x / 32 * 16;
       const float2 by = out.scales(row, own.expert);
-      int places[TOKENS / 8];  // all at once: each comes from memory where there are experts
+      int places[TOKENS / 32];  // of 32 tokens, one a lane: all come from memory at once where there are experts
       #pragma unroll
-      for (int i = 0; i < TOKENS / 8; ++i) places[i] = out.place(own.token_block * TOKENS + 8 * i);
+      for (int i = 0; i < TOKENS / 32; ++i) places[i] = out.place(own.token_block * TOKENS + 32 * i + threadIdx.x % 32);
       #pragma unroll
-      for (int i = 0; i < TOKENS / 8; ++i)
-        out.put(make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), by, row, places[i]);
+      for (int i = 0; i < TOKENS / 8; ++i) {
+        const int place = __shfl_sync(~0u, places[i / 4], 8 * (i % 4) + threadIdx.x % 32 / 4);
+        out.put(make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), by, row, place);
+      }
     }
     unit = stop;
   }
