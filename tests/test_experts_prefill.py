@@ -73,6 +73,6 @@ def test_on_a_gpu(tokens):
     gpu = nvrtc.gpu(torch.device("cuda"))
     weights = random_experts("trellis-4", 16, 1536, 2048, 2048, device="cuda")
     x, expert_of = torch.randn(tokens, 2048, device="cuda").bfloat16(), routed(tokens, 4, 16, "cuda")
-    assert cuda_experts_prefill.takes(weights, len(expert_of), gpu) == (gpu.arch == 90)
+    assert cuda_experts_prefill.takes(16, 2048, len(expert_of), gpu) == (gpu.arch == 90)
     y = matmul(x, weights, expert_of, 4, gpu)
     assert error(y, x, weights, expert_of, 4) < 2

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from glq.ops import cuda_experts
+from glq.ops import experts as experts_ops
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, makes_input
 from glq.ops.prepare import kernel_pairs, prepare, run_all
@@ -73,7 +73,7 @@ def test_no_number_of_pairs_needs_another_kernel(rows, cols, each, arch, kilobyt
     def multiply(pairs):
         x = torch.empty(pairs // each, cols, dtype=torch.bfloat16, device="meta")
         expert_of = torch.empty(pairs, dtype=torch.int64, device="meta")
-        cuda_experts.matmul(x, w, expert_of, each, gpu)
+        experts_ops.cuda_product(x, w, expert_of, each, gpu)
 
     sizes = (w.block, w.scale.dtype, torch.bfloat16, each, top_k, 2000)
     for pairs in kernel_pairs(w.codec, w.codes.shape[:3], *sizes, gpu):

@@ -14,21 +14,20 @@ from glq.ops.cuda_table import device_table
 from glq.ops.pairs import segment_limit
 from glq.packed import PackedExperts
 
-FEW = 16  # pairs an expert, on average, from which this is faster than ops/experts.cu; to be measured
-_NARROW = 48  # up to which tiles of 64 are; to be measured
+_FEW = 12  # pairs an expert, on average, from which this is faster than ops/experts.cu
+_TILES = {20: 32, 40: 64}  # up to so many, tiles of so many pairs are the fastest; beyond, of 128
 _MOST_EXPERTS = 1024  # that route.cu counts
 _CLEARING = 32  # blocks of threads that write zeros for pairs without an expert
 
 
-def takes(weights: PackedExperts, pairs: int, gpu: nvrtc.Launcher) -> bool:
-    """Whether this is the way to multiply so many pairs."""
-    known = gpu.arch == ARCH and weights.count <= _MOST_EXPERTS and by_warps(weights.block)
-    return known and pairs >= FEW * weights.count
+def takes(experts: int, block: int, pairs: int, gpu: nvrtc.Launcher) -> bool:
+    """Whether this is the way to multiply so many pairs; block: of the rotation."""
+    return gpu.arch == ARCH and experts <= _MOST_EXPERTS and by_warps(block) and pairs >= _FEW * experts
 
 
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, average: float, gpu: nvrtc.Launcher) -> Plan:
     """average: pairs an expert."""
-    shape = Shape(64 if average <= _NARROW else 128, 2, 12)
+    shape = Shape(next((tokens for most, tokens in _TILES.items() if average <= most), 128), 2, 12)
     return replace(fill(codec, dtype, scale, shape), blocks=gpu.multiprocessors, experts=True)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from glq import nvrtc
 from glq.errors import GlqError
-from glq.ops import cuda_experts, grouped
+from glq.ops import cuda_experts, cuda_experts_prefill, grouped
 from glq.ops.matmul import has_cuda_kernel, has_triton_kernel
 from glq.packed import PackedExperts, unpack_signs
 from glq.rotation import rotate
@@ -67,12 +67,18 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    if grouped.applies(x, weights, len(expert_of)) and has_triton_kernel(x.device, weights.codec):
-        return grouped.matmul(x, weights, expert_of, top_k)
     if has_cuda_kernel(x, weights.codec):
-        return cuda_experts.matmul(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
+        return cuda_product(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
     if not has_triton_kernel(x.device, weights.codec):
         return experts_reference(x, weights, expert_of, top_k)
+    if grouped.applies(x, weights, len(expert_of)):
+        return grouped.matmul(x, weights, expert_of, top_k)
     from glq.ops import triton_experts
 
     return triton_experts.matmul(x, weights, expert_of, top_k)
+
+
+def cuda_product(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int, gpu: nvrtc.Launcher) -> Tensor:
+    """By the kernel in CUDA C++ that is fastest for so many pairs."""
+    many = cuda_experts_prefill.takes(weights.count, weights.block, len(expert_of), gpu)
+    return (cuda_experts_prefill if many else cuda_experts).matmul(x, weights, expert_of, top_k, gpu)

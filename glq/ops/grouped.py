@@ -1,4 +1,4 @@
-"""The product over experts with very many pairs: all W_e in 16 bits, then PyTorch's grouped product.
+"""The product over experts with very many pairs where CUDA C++ has none: all W_e in 16 bits, then PyTorch's grouped one.
 
 Nothing here depends on values of expert_of: which experts have pairs is known to the device alone.
 """
@@ -13,7 +13,7 @@ from glq.codecs.packing import tile_rows
 from glq.ops.pairs import sort_pairs
 from glq.packed import PackedExperts
 
-MANY = 128  # pairs an expert, on average, from which this is faster than the kernel for fewer; to be measured
+_MANY = 128  # pairs an expert, on average, from which this is faster than the kernel for fewer; to be measured
 _AT_ONCE = 1 << 27  # weights, 256 MiB of them
 
 
@@ -24,7 +24,7 @@ def applies(x: Tensor, weights: PackedExperts, pairs: int) -> bool:
     """
     hopper = torch.cuda.get_device_capability(x.device) == (9, 0) and hasattr(torch, "_grouped_mm")
     whole = weights.in_features % 8 == 0 and weights.out_features % 8 == 0
-    return hopper and whole and x.dtype == torch.bfloat16 and pairs >= MANY * weights.count
+    return hopper and whole and x.dtype == torch.bfloat16 and pairs >= _MANY * weights.count
 
 
 def matmul(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:

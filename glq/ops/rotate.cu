@@ -206,7 +206,7 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     #pragma unroll 1
     for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
       const int token = i % TOGETHER, eight = i / TOGETHER;  // columns
-      if (first + token >= tokens) continue;
+      if (first + token >= tokens || GATHER && pairs[first + token] < 0) continue;
       float w[2][4][CHUNKS];
       #pragma unroll
       for (int e = 0; e < 2; ++e) {
