@@ -1,4 +1,4 @@
-"""The product over experts with very many pairs where CUDA C++ has none: all W_e in 16 bits, then PyTorch's grouped one.
+"""The product over experts with very many pairs where CUDA C++ has none: W_e in 16 bits, then PyTorch's grouped one.
 
 Nothing here depends on values of expert_of: which experts have pairs is known to the device alone.
 """

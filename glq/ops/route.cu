@@ -30,10 +30,12 @@ route(const int* expert_of, int* blocks, int* slots, u16* y, int pairs, int expe
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = blockIdx.x;
   wait_for_previous();
   if (own >= experts) {
-    for (int p = own - experts; p < pairs; p += gridDim.x - experts) {
-      const int e = expert_of[(size_t)p * WORDS];
-      if (e >= 0 && e < experts) continue;
-      for (int i = threadIdx.x; i < rows; i += THREADS) y[(size_t)p * rows + i] = 0;
+    for (int base = 32 * (WARPS * (own - experts) + warp); base < pairs; base += 32 * WARPS * (gridDim.x - experts)) {
+      const int p = base + lane, e = p < pairs ? expert_of[(size_t)p * WORDS] : 0;
+      for (u32 none = __ballot_sync(~0u, e < 0 || e >= experts); none; none &= none - 1) {
+        const int row = base + __popc((none & 0u - none) - 1);  // the lowest of them
+        for (int i = lane; i < rows; i += 32) y[(size_t)row * rows + i] = 0;
+      }
     }
     return;
   }
