@@ -5,7 +5,7 @@ import io
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,7 +120,9 @@ class Gpu:
         self.multiprocessors: int = properties.multi_processor_count
         self.shared_memory: int = properties.shared_memory_per_multiprocessor
         self.arch: int = 10 * properties.major + properties.minor
+        self._index: int = device.index or 0
         self._kernels: dict[tuple[Source, str], Any] = {}
+        self._streams: dict[int, Any] = {}  # by handle
         self._shared: dict[tuple[Source, str], int] = {}  # bytes that a kernel may take for a block
         self.arenas = Arenas(device)
 
@@ -133,34 +135,35 @@ class Gpu:
         shared: int,
         *arguments: Tensor | int | None,
     ) -> None:
-        """As Launcher.launch."""
-        import numpy as np
-        from cuda.core import LaunchConfig, Stream
-        from cuda.core import launch as run
-
-        kernel = self._kernel(source, name, shared)
-        with torch.cuda.device(self._device):
-            stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-            config = LaunchConfig(
-                grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=self.arch >= 90
-            )
-            values = [np.int32(a) if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
-            run(stream, config, kernel, *values)
+        """As Launcher.launch. Outside of graphs a layer takes a dozen, so what can be kept from one to the next is."""
+        kernel, config = self._kernel(source, name, shared), _config(grid, block, shared, self.arch >= 90)
+        values = [_int32(a) if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
+        if torch.cuda.current_device() == self._index:
+            _core().launch(self._stream(), config, kernel, *values)
+        else:
+            with torch.cuda.device(self._device):
+                _core().launch(self._stream(), config, kernel, *values)
 
     def exchange(self, count: int) -> Tensor:
         """As Launcher.exchange."""
         return self.arenas.get(count)
 
+    def _stream(self) -> Any:
+        handle = torch.cuda.current_stream(self._index).cuda_stream
+        if handle not in self._streams:
+            self._streams[handle] = _core().Stream.from_handle(handle)
+        return self._streams[handle]
+
     def _kernel(self, source: Source, name: str, shared: int) -> Any:
         """Loaded once; how much shared memory it may take is raised where a launch needs more."""
-        from cuda.bindings import driver
-
-        key, index = (source, name), self._device.index or 0
+        key = (source, name)
         if key not in self._kernels:
             self._kernels[key], self._shared[key] = self._load(source, name), 0
         if shared > self._shared[key]:
+            from cuda.bindings import driver
+
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (error,) = driver.cuKernelSetAttribute(attribute, shared, self._kernels[key].handle, index)
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, self._kernels[key].handle, self._index)
             if error != driver.CUresult.CUDA_SUCCESS:
                 raise GlqError(f"{name} needs {shared} bytes of shared memory a block, which this GPU refuses: {error}")
             self._shared[key] = shared
@@ -169,9 +172,8 @@ class Gpu:
     def _load(self, source: Source, name: str) -> Any:
         from cuda.core import Device, ObjectCode
 
-        index = self._device.index or 0
-        torch.cuda.current_stream(index)  # torch's context is the one
-        Device(index).set_current()
+        torch.cuda.current_stream(self._index)  # torch's context is the one
+        Device(self._index).set_current()
         return ObjectCode.from_cubin(source.cubin(f"sm_{self.arch}{'a' * source.of_one_arch}")).get_kernel(name)
 
 
@@ -181,6 +183,27 @@ def gpu(device: torch.device) -> Gpu:
 
 
 _gpu = cache(Gpu)
+
+
+@cache
+def _core() -> Any:
+    import cuda.core
+
+    return cuda.core
+
+
+@lru_cache(4096)
+def _config(grid: int | tuple[int, int], block: int, shared: int, programmatic: bool) -> Any:
+    return _core().LaunchConfig(
+        grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=programmatic
+    )
+
+
+@lru_cache(4096)
+def _int32(value: int) -> Any:
+    import numpy as np
+
+    return np.int32(value)
 
 
 def _cache_dir() -> Path:
