@@ -11,7 +11,7 @@ have no pages left.
 glq has to be installed, not only on the path: vLLM finds the plugin by its entry point. Each kind of weights is served
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes, and how many bytes each rank holds, is checked
-before anything is timed. CUDA graphs are captured for the batches that are timed, and no others.
+before anything is timed. CUDA graphs are captured for the batches that are timed and a short prompt, and no others.
 
 An engine takes two minutes to start. --meet FOLDER COUNT has the COUNT engines that meet in the folder, of this run and
 others, start at the same time and then be timed one after the other, with --kv-gib of memory for keys and values each.
@@ -162,10 +162,15 @@ def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[in
             kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
             tensor_parallel_size=args.tp,
             disable_custom_all_reduce=args.nccl,
-            compilation_config={} if args.eager else {"cudagraph_capture_sizes": sorted(args.batch)},
+            compilation_config={} if args.eager else {"cudagraph_capture_sizes": captured(args)},
             **backend,
         )
     return llm, expected
+
+
+def captured(args: argparse.Namespace) -> list[int]:
+    """Of the sizes up to 512 that vLLM captures by default, those that are timed."""
+    return sorted({*args.batch, args.prompt} if args.prompt <= 512 else args.batch)
 
 
 def check(llm: Any, expected: list[int] | None, args: argparse.Namespace) -> dict[str, Any]:
