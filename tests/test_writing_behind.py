@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread, Timer, main_thread
 
 import pytest
@@ -110,15 +111,21 @@ def test_who_waits_for_a_state_hears_of_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_a_second_interrupt_waits_for_no_more_than_what_is_being_written(tmp_path, monkeypatch):
-    go, save, state = Event(), glq.writer.save, torch.ones(1000)
+    go, save, state, shutdown = Event(), glq.writer.save, torch.ones(1000), ThreadPoolExecutor.shutdown
+
+    def shut_down(pool, **options):
+        shutdown(pool, wait=False, **options)  # what has not begun is dropped
+        go.set()
+        shutdown(pool)
+
     monkeypatch.setattr("glq.writer.save", lambda *args: go.wait() and save(*args))
+    monkeypatch.setattr("glq.background.ThreadPoolExecutor.shutdown", shut_down)
 
     def stopped():
         with glq.writer.CheckpointWriter(tmp_path / "out", {}) as writer:
             writer.save({"blocks": 1}, {"reference.000000": state})
             writer.add({"weight": torch.zeros(10)})
             Timer(0.2, signal.pthread_kill, (main_thread().ident, signal.SIGINT)).start()
-            Timer(0.4, go.set).start()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
