@@ -83,20 +83,18 @@ def expert_errors(worker: Any) -> dict[str, float]:
     import torch
 
     from glq.ops.experts import experts_matmul, experts_reference
-    from glq.packed import PackedExperts
+    from glq.vllm_integration.experts import packed
 
     found: dict[str, float] = {}
     for layer in [m for m in worker.get_model().modules() if hasattr(m, "glq_w13")][:1]:
         for p in (*layer.glq_w13, *layer.glq_w2):
-            codes, scale, signs = getattr(layer, p.codes), getattr(layer, p.scale), getattr(layer, p.signs)[p.row]
-            experts, out = scale.shape
+            w = packed(layer, p)
+            top_k, sizes = min(8, w.count), (w.codec, w.out_features, w.block)
             for tokens in (1, 8, 32, 600, 2500):
-                x = torch.randn(tokens, 8 * signs.numel(), device=codes.device, dtype=torch.bfloat16)
-                top_k = min(8, experts)
-                pairs = torch.rand(tokens, experts, device=codes.device).topk(top_k).indices.flatten()
-                packed = PackedExperts(p.codec, out, x.shape[1], p.block, codes, scale, signs)
-                exact = experts_reference(x.double(), packed, pairs, top_k)
-                y = experts_matmul(x, codes, scale, signs, pairs, top_k, p.codec, out, p.block)
+                x = torch.randn(tokens, w.in_features, device=w.codes.device, dtype=torch.bfloat16)
+                pairs = torch.rand(tokens, w.count, device=x.device).topk(top_k).indices.flatten()
+                exact = experts_reference(x.double(), w, pairs, top_k)
+                y = experts_matmul(x, w.codes, w.scale, w.signs, pairs, top_k, *sizes)
                 error = ((y.double() - exact).norm() / exact.norm()).item()
                 found[f"{p.codes} {tokens}"] = error
     return found

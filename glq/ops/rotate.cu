@@ -220,10 +220,10 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
       }
       #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        u32 pairs[4];
+        u32 two[4];
         #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
-        put_eight(out + c * place(256, 0, held, cols / 64), start + 8 * eight, first + token, held, cols / 64, pairs);
+        for (int j = 0; j < 4; ++j) two[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
+        put_eight(out + c * place(256, 0, held, cols / 64), start + 8 * eight, first + token, held, cols / 64, two);
       }
     }
     __syncthreads();

@@ -113,7 +113,7 @@ class GlqExpertsMethod(FusedMoEMethodBase):
             top_k = self.moe.experts_per_token
             for products, each in ((layer.glq_w13, top_k), (layer.glq_w2, 1)):
                 for p in products:
-                    prepare_experts(_packed(layer, p), layer.params_dtype, each, top_k, self.tokens)
+                    prepare_experts(packed(layer, p), layer.params_dtype, each, top_k, self.tokens)
 
     def _decode(self, layer: Any) -> None:
         for stem, parts in self.parts.items():
@@ -191,12 +191,13 @@ def _multiply(layer: Any, products: tuple[Product, ...], x: Tensor, pairs: Tenso
     """x [pairs / each, in] → [pairs, rows of all products]."""
     done = []
     for p in products:
-        w = _packed(layer, p)
+        w = packed(layer, p)
         done.append(experts_matmul(x, w.codes, w.scale, w.signs, pairs, each, p.codec, w.out_features, p.block))
     return done[0] if len(done) == 1 else torch.cat(done, 1)
 
 
-def _packed(layer: Any, p: Product) -> PackedExperts:
+def packed(layer: Any, p: Product) -> PackedExperts:
+    """The experts' matrices that one product multiplies by, as a rank has them."""
     codes, scale, signs = getattr(layer, p.codes), getattr(layer, p.scale), getattr(layer, p.signs)[p.row]
     return PackedExperts(p.codec, scale.shape[1], p.columns, p.block, codes, scale, signs)
 
