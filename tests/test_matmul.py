@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from glq import GlqError
 from glq.codecs import CODECS
 from glq.linear import QuantLinear
 from glq.ops.matmul import matmul
@@ -58,6 +59,13 @@ def test_identity_input_reads_out_the_codes():
 def test_opcheck():
     p = random_packed("e8-2", 64, 128, 128)
     torch.library.opcheck(matmul, (torch.randn(2, 128), *arguments(p)))
+
+
+def test_a_gradient_is_refused():
+    p = random_packed("e8-2", 64, 128, 128)
+    y = matmul(torch.randn(2, 128, requires_grad=True), *arguments(p))
+    with pytest.raises(GlqError, match="glq::matmul has no gradient"):
+        y.sum().backward()
 
 
 def test_compiles_without_a_graph_break():

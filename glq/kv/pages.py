@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
+from glq.custom_op import custom_op, register_fake
 from glq.kv import cuda_pages
 from glq.kv.layout import PageLayout, attend_reference, gather_reference, write_reference
 
@@ -126,7 +127,7 @@ def _sizes(layout: PageLayout) -> tuple[int, int, int, int, int]:
     return layout.heads, layout.head_dim, layout.key_bits, layout.value_bits, layout.page_tokens
 
 
-@torch.library.custom_op("glq::kv_write", mutates_args=("pages",))
+@custom_op("kv_write", mutates_args=("pages",))
 def _write(
     pages: Tensor,
     keys: Tensor,
@@ -144,12 +145,12 @@ def _write(
     (kernels.write if kernels else write_reference)(pages, layout, keys, values, slots, factors)
 
 
-@_write.register_fake
+@register_fake("kv_write")
 def _(*args: object) -> None:
     return None
 
 
-@torch.library.custom_op("glq::kv_attend", mutates_args=())
+@custom_op("kv_attend")
 def _attend(
     q: Tensor,
     pages: Tensor,
@@ -172,6 +173,6 @@ def _attend(
     )
 
 
-@_attend.register_fake
+@register_fake("kv_attend")
 def _(q: Tensor, *args: object) -> Tensor:
     return torch.empty_like(q)

@@ -5,13 +5,14 @@ from torch import Tensor
 
 from glq.codecs import get_codec
 from glq.codecs.packing import STRIP, tile_rows, unpack
+from glq.custom_op import custom_op, register_fake
 from glq.packed import unpack_signs
 from glq.rotation import unrotate
 
 ROWS_AT_ONCE = 256  # at once: a row is decoded with the tile that it lies in
 
 
-@torch.library.custom_op("glq::embedding", mutates_args=())
+@custom_op("embedding")
 def embedding(
     ids: Tensor,
     codes: Tensor,
@@ -30,7 +31,7 @@ def embedding(
     return torch.cat(parts).to(dtype).view(*ids.shape, in_features)
 
 
-@embedding.register_fake
+@register_fake("embedding")
 def _(
     ids: Tensor,
     codes: Tensor,

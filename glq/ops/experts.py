@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
+from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
 from glq.ops import cuda_experts, cuda_experts_prefill, grouped
 from glq.ops.matmul import has_cuda_kernel, has_triton_kernel
@@ -11,7 +12,7 @@ from glq.packed import PackedExperts, unpack_signs
 from glq.rotation import rotate
 
 
-@torch.library.custom_op("glq::experts_matmul", mutates_args=())
+@custom_op("experts_matmul")
 def experts_matmul(
     x: Tensor,
     codes: Tensor,
@@ -38,7 +39,7 @@ def experts_matmul(
     return _on_gpu(x, weights, expert_of, top_k)
 
 
-@experts_matmul.register_fake
+@register_fake("experts_matmul")
 def _(
     x: Tensor,
     codes: Tensor,

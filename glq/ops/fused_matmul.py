@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from glq import nvrtc
+from glq.custom_op import custom_op, register_fake
 from glq.ops.inputs import Input, norm_of, silu_of
 from glq.ops.matmul import compare, cuda_product, has_cuda_kernel, makes_input, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes
 
 
-@torch.library.custom_op("glq::silu_matmul", mutates_args=())
+@custom_op("silu_matmul")
 def silu_matmul(
     gate: Tensor, up: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
 ) -> Tensor:
@@ -26,14 +27,14 @@ def silu_matmul(
     return _product(x, codes, scale, signs, codec, out_features, block).view(*gate.shape[:-1], out_features)
 
 
-@silu_matmul.register_fake
+@register_fake("silu_matmul")
 def _(
     gate: Tensor, up: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
 ) -> Tensor:
     return gate.new_empty(*gate.shape[:-1], out_features)
 
 
-@torch.library.custom_op("glq::norm_matmul", mutates_args=())
+@custom_op("norm_matmul")
 def norm_matmul(
     x: Tensor,
     residual: Tensor,
@@ -58,7 +59,7 @@ def norm_matmul(
     return y.view(*x.shape[:-1], out_features), made.total.view(x.shape)
 
 
-@norm_matmul.register_fake
+@register_fake("norm_matmul")
 def _(
     x: Tensor,
     residual: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
+from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
 from glq.ops.cuda_rotate import makes
@@ -26,7 +27,7 @@ _DECODED = 64  # tokens up to which it is taken elsewhere
 MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
 
 
-@torch.library.custom_op("glq::matmul", mutates_args=())
+@custom_op("matmul")
 def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
     """x [..., in] fp32, fp16 or bf16 → y [..., out] in x's dtype; the rest as in PackedLinear."""
     if x.device.type != "cuda":
@@ -43,7 +44,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
     return triton_matmul.matmul(x, codes, scale, signs, codec, out_features, block)
 
 
-@matmul.register_fake
+@register_fake("matmul")
 def _(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 

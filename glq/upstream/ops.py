@@ -1,12 +1,12 @@
 """y = x · Wᵀ by a matrix as upstream stores it: one op, PyTorch's on every device, opaque to torch.compile."""
 
-import torch
 from torch import Tensor
 
+from glq.custom_op import custom_op, register_fake
 from glq.upstream.matrix import Matrix, Part
 
 
-@torch.library.custom_op("glq::upstream_matmul", mutates_args=())
+@custom_op("upstream_matmul")
 def upstream_matmul(
     x: Tensor,
     su: Tensor,
@@ -26,7 +26,7 @@ def upstream_matmul(
     return Matrix(tuple(Part(*part) for part in parts), su, sv, scale).product(x, rows)
 
 
-@upstream_matmul.register_fake
+@register_fake("upstream_matmul")
 def _(
     x: Tensor,
     su: Tensor,
