@@ -6,10 +6,10 @@ weights (passes.py).
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ from glq.errors import GlqError
 from glq.experts import ExpertLinear
 from glq.machine import release_memory
 from glq.moments import Moments, Routed, Sums, expert_moments
-from glq.passes import begin
+from glq.passes import Pass, begin
 from glq.source import SourceModel
 from glq.spill import Spill
 
@@ -126,16 +126,21 @@ def calibrate_block(
     for i, members in enumerate(groups):
         leader, sums, routed = leaders[1][i], Sums(), list[Routed]()
         for k, (run, run_hat) in enumerate(pairs):
-            (x, *experts), (x_hat, *experts_hat) = run.advance(), run_hat.advance()
+            _request(chain.from_iterable(pairs[k + 1 : k + 2]))
+            if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
+                (x, *experts), out = run.last()
+                _replace(reference, k, out, spill, free)
+                del out
+            else:
+                x, *experts = run.advance()
+            x_hat, *experts_hat = run_hat.advance()
             if k < len(pairs) - held_out and isinstance(leader, ExpertLinear):
                 routed.append(Routed(x, experts[0], x_hat, experts_hat[0], leader.of_pairs))
                 spill.put([x, x_hat])
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
-            if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
-                _replace(reference, k, run.finish(), spill, free)
-                if side_by_side:
-                    run_hat.again()
+            if i == len(groups) - 1 and side_by_side:
+                run_hat.again()
             for paused in (run, run_hat):
                 spill.put(paused.held())
         for model in (block, twin):
@@ -151,10 +156,16 @@ def calibrate_block(
         round_groups(twin, read)
         yield from range(len(groups))
     for k, (run, run_hat) in enumerate(pairs):
+        _request(one for both in pairs[k + 1 : k + 2] for one in both[bool(groups) :])
         if not groups:
             _replace(reference, k, run.finish(), spill, free)
         _replace(quantized, k, run_hat.finish(), spill, free)
     yield len(groups)
+
+
+def _request(passes: Iterable[Pass]) -> None:
+    for one in passes:
+        one.request()
 
 
 def _replace(states: list[Tensor], k: int, state: Tensor, spill: Spill, free: Callable[[Tensor], None]) -> None:

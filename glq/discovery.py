@@ -5,13 +5,14 @@ No list of architectures: a block is called as the model calls it, and hooks see
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glq.attention import OneHeadEach
 from glq.errors import GlqError
 from glq.experts import DenseExperts, quantizable
 from glq.source import SourceModel
@@ -105,7 +106,8 @@ def _stubbed(source: SourceModel, stub: Callable[[str], Callable[..., Any]]) -> 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """A block's output for its input [batch, ctx, hidden]."""
-    out = block(hidden, *call.args, **call.kwargs)
+    with OneHeadEach() if hidden.is_cuda else nullcontext():
+        out = block(hidden, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -5,6 +5,7 @@ On a CPU products are what time goes to, and what waits can wait on disk; on a G
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NoReturn, Protocol
 
 import torch
@@ -17,13 +18,17 @@ from glq.spill import held_by
 
 
 class Pass(Protocol):
-    """advance: the input of the next group, [tokens, in], and, if these are experts, the numbers of those that each
-    token goes to, [tokens, k]. finish: the block's output. again: begin anew, the block has other weights now. held:
-    what it keeps meanwhile."""
+    """request: it will be asked for something soon. advance: the input of the next group, [tokens, in], and, if these
+    are experts, the numbers of those that each token goes to, [tokens, k]. finish: the block's output. last: both, of
+    the last group. again: begin anew, the block has other weights now. held: what it keeps meanwhile."""
+
+    def request(self) -> None: ...
 
     def advance(self) -> tuple[Tensor, ...]: ...
 
     def finish(self) -> Tensor: ...
+
+    def last(self) -> tuple[tuple[Tensor, ...], Tensor]: ...
 
     def again(self) -> None: ...
 
@@ -45,6 +50,8 @@ class _Paused:
         self._hooks = [module.register_forward_pre_hook(self._pause) for module in leaders]
         self._pass = greenlet(lambda: run_block(*self._what))
 
+    def request(self) -> None: ...
+
     def advance(self) -> tuple[Tensor, ...]:
         args = self._pass.switch()
         if self._pass.dead:
@@ -58,6 +65,9 @@ class _Paused:
         for hook in self._hooks:
             hook.remove()
         return out
+
+    def last(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        return self.advance(), self.finish()
 
     def again(self) -> None:
         self.finish()
@@ -84,6 +94,17 @@ class _Repeated:
     ) -> None:
         self._block, self._hidden, self._call, self._device = block, hidden, call, device
         self._leaders = iter(leaders)
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def request(self) -> None:
+        """Have the input on its way from the host's memory while another one is worked on."""
+        if self._hidden.device != self._device:
+            coming = torch.empty_like(self._hidden, device=self._device)
+            copies = _copies(self._device)
+            copies.wait_stream(torch.cuda.current_stream(self._device))  # which may still use that memory
+            with torch.cuda.stream(copies):
+                coming.copy_(self._hidden, non_blocking=True)
+            self._coming = coming, copies.record_event()
 
     def advance(self) -> tuple[Tensor, ...]:
         hook = next(self._leaders).register_forward_pre_hook(_stop)
@@ -97,12 +118,35 @@ class _Repeated:
 
     def finish(self) -> Tensor:
         with tensor_cores():
-            return run_block(self._block, self._hidden.to(self._device, non_blocking=True), self._call)
+            return run_block(self._block, self._input(), self._call)
+
+    def last(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        inputs: list[tuple[Tensor, ...]] = []
+        hook = next(self._leaders).register_forward_pre_hook(lambda _, args: inputs.append(args))
+        try:
+            out = self.finish()
+        finally:
+            hook.remove()
+        ((x, *others),) = inputs
+        return (x.flatten(0, -2), *others), out
 
     def again(self) -> None: ...
 
     def held(self) -> Iterator[Tensor]:
         return iter(())
+
+    def _input(self) -> Tensor:
+        if self._coming is None:
+            return self._hidden.to(self._device, non_blocking=True)
+        (hidden, there), self._coming = self._coming, None
+        torch.cuda.current_stream(self._device).wait_event(there)
+        return hidden
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream in which inputs come."""
+    return torch.cuda.Stream(device)
 
 
 def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> NoReturn:
