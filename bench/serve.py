@@ -1,7 +1,7 @@
 """Tokens a second, KV tokens and weights' memory in vLLM: random codes of a Llama's shape beside bf16 and GPTQ's int4.
 
     python bench/serve.py OUT.json [--weights bf16 int4 trellis-4 trellis-2] [--batch 1 8 32] [--prompt 128] [--new 128]
-        [--shape llama-3-8b | llama-3-70b | qwen3-30b-a3b] [--layers 20] [--tp 2]
+        [--shape llama-3-8b | llama-3-70b | qwen3-30b-a3b] [--layers 20] [--tp 2] [--own-sums]
     python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 32768 --batch 1 8 --repeat 1
     python bench/serve.py OUT.json --weights trellis-4 trellis-4+kv4 --prompt 2048 --new 512 --batch 64 --kv-gib 8
 
@@ -139,6 +139,8 @@ def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[in
     backend: dict[str, Any] = {"distributed_executor_backend": "mp"} if args.tp > 1 else {}  # a rank alone does without
     if kv_bits:
         backend |= {"attention_backend": "CUSTOM", "additional_config": {"glq_kv_bits": int(kv_bits)}}
+    if args.own_sums:
+        backend.setdefault("additional_config", {})["glq_all_reduce"] = True
     if args.shape.startswith("tiny"):
         from glq.vllm_integration import methods
 
@@ -288,6 +290,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="as many as the shape has, if not given")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--nccl", action="store_true", help="no sums over ranks but NCCL's")
+    parser.add_argument("--own-sums", action="store_true", help="sums over ranks by glq's kernel, where they are small")
     parser.add_argument("--weights", nargs="*", default=["bf16", "int4", "trellis-4", "trellis-2"])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=128)

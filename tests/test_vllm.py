@@ -95,7 +95,7 @@ def test_a_tiny_model_is_transformers(options, checkpoint, vllm):
 
 
 def test_two_ranks_are_one(tiny_even, vllm):
-    answer = vllm(tiny_even, PROMPTS, tensor_parallel_size=2)
+    answer = vllm(tiny_even, PROMPTS, tensor_parallel_size=2, additional_config={"glq_all_reduce": True})
     assert_same(answer, load(tiny_even, device="cpu"), PROMPTS, 1e-4)
 
 

@@ -108,6 +108,39 @@ def test_a_sum_may_be_read_ahead_of_the_product_or_not_at_all(case):
         assert case(layer, rows(), rows(), rows()[0]).after == ["norm_matmul"]
 
 
+def test_sums_over_ranks_are_ours_and_vllms_where_they_have_no_inboxes(case, monkeypatch):
+    from vllm.distributed import parallel_state
+
+    group = SimpleNamespace(_all_reduce_out_place=lambda x: 3 * x)
+    monkeypatch.setitem(parallel_state._groups, "three", lambda: group)
+
+    def layer(product, x, residual, weight):
+        y, total = norm(torch.ops.vllm.all_reduce(x, group_name="three"), residual, weight)
+        return product(y), torch.ops.vllm.all_reduce(total, "three")
+
+    done = case(layer, rows(), rows(), rows()[0])
+    assert done.after == ["all_reduce", "norm_matmul", "all_reduce"]
+    assert "vllm.all_reduce" not in str(done.graph.graph)
+
+
+def test_inboxes_are_asked_for_and_given_once_where_gpus_reach_each_other():
+    from glq.vllm_integration.all_reduce import give_inboxes, wanted
+
+    def config(additional, ubatching=False):
+        return SimpleNamespace(additional_config=additional, parallel_config=SimpleNamespace(use_ubatching=ubatching))
+
+    assert wanted(config({"glq_all_reduce": True}))
+    assert not wanted(config({}))
+    assert not wanted(config(None))
+    assert not wanted(config({"glq_all_reduce": True}, ubatching=True))
+    for peers in (None, SimpleNamespace(disabled=True), SimpleNamespace(disabled=False, mnnvl_only=True)):
+        group = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=peers))
+        give_inboxes(group, torch.bfloat16)
+        group.device_communicator = None  # which is not looked at again
+        give_inboxes(group, torch.bfloat16)
+        assert group.glq_inboxes is None
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("decompose", [True, False])
 @pytest.mark.parametrize("swapped", [True, False])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -15,6 +16,7 @@ from glq.config import ModuleConfig
 from glq.errors import GlqError
 from glq.ops.embedding import embedding
 from glq.ops.prepare import prepare
+from glq.vllm_integration import all_reduce
 from glq.vllm_integration.parts import Loader, Part, Rank, codes_of, cut, dequantize, multiply, runs, vocabulary_part
 
 
@@ -114,6 +116,8 @@ def _create(layer: Any, name: str, parts: tuple[Part, ...], dtype: torch.dtype) 
         "signs": torch.zeros(len(parts), -(-parts[0].columns // 8), dtype=torch.uint8),
     }
     config = get_current_vllm_config()
+    if all_reduce.wanted(config):
+        all_reduce.give_inboxes(get_tp_group(), dtype)
     dummy = config.load_config.load_format == "dummy"
     if dummy:
         tensors["codes"].random_()

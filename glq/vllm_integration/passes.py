@@ -20,6 +20,7 @@ from vllm.ir.ops import fused_add_rms_norm
 from vllm.platforms import current_platform
 
 from glq.ops import fused_matmul
+from glq.vllm_integration import all_reduce
 
 _log = getLogger("vllm.glq")
 _aten, _glq = torch.ops.aten, torch.ops.glq
@@ -34,10 +35,12 @@ def install(vllm_config: Any) -> None:
 
 
 class FuseIntoProducts(InductorPass):
-    """glq::matmul becomes glq::norm_matmul or glq::silu_matmul where it alone reads its x."""
+    """glq::matmul becomes glq::norm_matmul or glq::silu_matmul where it alone reads its x, vllm::all_reduce glq's."""
 
     def __call__(self, graph: Graph) -> None:
         norms = silus = 0
+        for total in graph.find_nodes(op="call_function", target=torch.ops.vllm.all_reduce.default):
+            total.target = _glq.all_reduce.default  # of the same signature
         for product in graph.find_nodes(op="call_function", target=_glq.matmul.default):
             x = product.args[0]
             if product.kwargs or len(x.users) > 1 or not _known(*product.all_input_nodes):
@@ -52,7 +55,11 @@ class FuseIntoProducts(InductorPass):
 
     def uuid(self) -> str:
         """In the keys of vLLM's and of Inductor's caches. What the ops take is part of it."""
-        return str(self.hash_source(*(Path(file).read_text("utf-8") for file in (__file__, fused_matmul.__file__))))
+        return str(
+            self.hash_source(
+                *(Path(file).read_text("utf-8") for file in (__file__, fused_matmul.__file__, all_reduce.__file__))
+            )
+        )
 
 
 def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:

@@ -21,11 +21,15 @@ class Emulator:
     arch = 90
 
     def __init__(
-        self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024, resident: int = 1
+        self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024, resident: int = 1, rank: int = 0
     ) -> None:
-        """begin: where dynamic shared memory does. resident: blocks that run at a time, at least all of a cluster."""
+        """begin: where dynamic shared memory does. resident: blocks that run at a time, at least all of a cluster.
+
+        rank: of those that run in threads of their own, each by a library of its own.
+        """
         self._begin = begin
         self._resident = resident
+        self._rank = rank
         self.multiprocessors = multiprocessors
         self.shared_memory = shared_memory
         self._exchange = torch.full((1 << 20,), -1, dtype=torch.int32).view(torch.float32)
@@ -40,18 +44,18 @@ class Emulator:
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
-        getattr(_library(source, self._begin, self._resident), f"run_{name}")(columns, rows, block, array)
+        getattr(_library(source, self._begin, self._resident, self._rank), f"run_{name}")(columns, rows, block, array)
 
 
 @cache
-def _library(source, begin, resident):
+def _library(source, begin, resident, rank):
     texts = [files("glq").joinpath(f).read_text() for f in source.files if Path(f).name not in PLAYED]
     code = "\n".join([*texts, source.text])
     code = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)(dynamic_shared + SHARED_BEGIN);", code
     )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
-    macros += f"#define SHARED_BEGIN {begin}\n#define RESIDENT {resident}\n"
+    macros += f"#define SHARED_BEGIN {begin}\n#define RESIDENT {resident}\n#define RANK {rank}\n"
     headers = ("cuda.h", "cluster.h") if "CLUSTER" in dict(source.macros) else ("cuda.h",)
     text = macros + "".join((HERE / header).read_text() for header in headers) + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,6 +1,7 @@
 // A CUDA block on one CPU thread: fibers for threads, which change at barriers and at what a warp does together.
 // Stands for ops/ptx.cuh and for what nvrtc knows by itself. Blocks run one after the other, or RESIDENT at a time, which take
 // turns when all threads of one wait for what others hand over.
+#include <sched.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -151,6 +152,18 @@ static uint4 load_shared_by_gpu(const float* p) {
     return v.x != ~0u && v.y != ~0u && v.z != ~0u && v.w != ~0u;
   });
   return v;
+}
+// Other ranks are other threads of this process.
+static void store_shared_by_system(uint4* p, uint4 v) {
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  if ((uintptr_t)p % 16) fail("store of 16 bytes out of place");
+  for (int i = 0; i < 4; ++i) __atomic_store_n((u32*)p + i, words[i], __ATOMIC_RELAXED);
+}
+static uint4 load_shared_by_system(const uint4* p) {
+  u32 words[4];
+  for (int i = 0; i < 4; ++i)
+    while ((words[i] = __atomic_load_n((const u32*)p + i, __ATOMIC_RELAXED)) == ~0u) sched_yield();
+  return {words[0], words[1], words[2], words[3]};
 }
 static void commit_async() {}
 static void wait_async() {}
