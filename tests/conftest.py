@@ -16,7 +16,11 @@ def pytest_addoption(parser):
     parser.addoption("--upstream-fixtures", help="directory of checkpoints that upstream glq wrote")
 
 
+LONGEST = "test_smollm2.py"  # first, so that no process is left with it at the end
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name != LONGEST)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="needs --slow")
         for item in items:
