@@ -120,27 +120,23 @@ def calibrate_block(
     read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
     pairs = [
-        (begin(block, leaders[0], hidden, call, device), begin(twin, leaders[1], hidden_hat, call_hat, device))
+        (begin(block, leaders[0], hidden, call, device, False), begin(twin, leaders[1], hidden_hat, call_hat, device))
         for hidden, hidden_hat, call, call_hat in zip(reference, quantized, calls, calls_hat, strict=True)
     ]
     for i, members in enumerate(groups):
         leader, sums, routed = leaders[1][i], Sums(), list[Routed]()
         for k, (run, run_hat) in enumerate(pairs):
             _request(chain.from_iterable(pairs[k + 1 : k + 2]))
-            if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
-                (x, *experts), out = run.last()
-                _replace(reference, k, out, spill, free)
-                del out
-            else:
-                x, *experts = run.advance()
-            x_hat, *experts_hat = run_hat.advance()
+            (x, *experts), (x_hat, *experts_hat) = run.advance(), run_hat.advance()
             if k < len(pairs) - held_out and isinstance(leader, ExpertLinear):
                 routed.append(Routed(x, experts[0], x_hat, experts_hat[0], leader.of_pairs))
                 spill.put([x, x_hat])
             elif k < len(pairs) - held_out:
                 sums.add(x, x_hat)
-            if i == len(groups) - 1 and side_by_side:
-                run_hat.again()
+            if i == len(groups) - 1:  # the reference waits for no one: its memory is needed
+                _replace(reference, k, run.finish(), spill, free)
+                if side_by_side:
+                    run_hat.again()
             for paused in (run, run_hat):
                 spill.put(paused.held())
         for model in (block, twin):

@@ -19,8 +19,8 @@ from glq.spill import held_by
 
 class Pass(Protocol):
     """request: it will be asked for something soon. advance: the input of the next group, [tokens, in], and, if these
-    are experts, the numbers of those that each token goes to, [tokens, k]. finish: the block's output. last: both, of
-    the last group. again: begin anew, the block has other weights now. held: what it keeps meanwhile."""
+    are experts, the numbers of those that each token goes to, [tokens, k]. finish: the block's output. again: begin
+    anew, the block has other weights now. held: what it keeps meanwhile."""
 
     def request(self) -> None: ...
 
@@ -28,18 +28,26 @@ class Pass(Protocol):
 
     def finish(self) -> Tensor: ...
 
-    def last(self) -> tuple[tuple[Tensor, ...], Tensor]: ...
-
     def again(self) -> None: ...
 
     def held(self) -> Iterator[Tensor]: ...
 
 
-def begin(block: nn.Module, leaders: list[nn.Module], hidden: Tensor, call: Call, device: torch.device) -> Pass:
-    """A pass of a block on this device over hidden [batch, ctx, width]; leaders: the first layer of each group."""
+def begin(
+    block: nn.Module,
+    leaders: list[nn.Module],
+    hidden: Tensor,
+    call: Call,
+    device: torch.device,
+    changes: bool = True,
+) -> Pass:
+    """A pass of a block on this device over hidden [batch, ctx, width]; leaders: the first layer of each group.
+
+    changes: the block's weights do between the last group's input and the output.
+    """
     if device.type == "cpu":
         return _Paused(block, leaders, hidden, call)
-    return _Repeated(block, leaders, hidden, call, device)
+    return _Repeated(block, leaders, hidden, call, device, changes)
 
 
 class _Paused:
@@ -56,7 +64,7 @@ class _Paused:
         args = self._pass.switch()
         if self._pass.dead:
             raise RuntimeError("the block ended before its last group of linear layers")
-        return args[0].flatten(0, -2), *args[1:]
+        return _flat(args)
 
     def finish(self) -> Tensor:
         out = self._pass.switch()
@@ -65,9 +73,6 @@ class _Paused:
         for hook in self._hooks:
             hook.remove()
         return out
-
-    def last(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        return self.advance(), self.finish()
 
     def again(self) -> None:
         self.finish()
@@ -90,15 +95,23 @@ class _Repeated:
     """Runs from the block's input each time, which may wait in the host's memory; keeps nothing."""
 
     def __init__(
-        self, block: nn.Module, leaders: list[nn.Module], hidden: Tensor, call: Call, device: torch.device
+        self,
+        block: nn.Module,
+        leaders: list[nn.Module],
+        hidden: Tensor,
+        call: Call,
+        device: torch.device,
+        changes: bool = True,
     ) -> None:
         self._block, self._hidden, self._call, self._device = block, hidden, call, device
         self._leaders = iter(leaders)
+        self._last = [] if changes else leaders[-1:]
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._out: Tensor | None = None
 
     def request(self) -> None:
         """Have the input on its way from the host's memory while another one is worked on."""
-        if self._hidden.device != self._device:
+        if self._hidden.device.type != self._device.type:
             coming = torch.empty_like(self._hidden, device=self._device)
             copies = _copies(self._device)
             copies.wait_stream(torch.cuda.current_stream(self._device))  # which may still use that memory
@@ -107,33 +120,46 @@ class _Repeated:
             self._coming = coming, copies.record_event()
 
     def advance(self) -> tuple[Tensor, ...]:
-        hook = next(self._leaders).register_forward_pre_hook(_stop)
+        leader = next(self._leaders)
+        if self._last == [leader] and (inputs := self._to_the_end(leader)):
+            return inputs
+        hook = leader.register_forward_pre_hook(_stop)
         try:
             self.finish()
         except _Reached as reached:
-            return reached.inputs[0].flatten(0, -2), *reached.inputs[1:]
+            return _flat(reached.inputs)
         finally:
             hook.remove()
         raise RuntimeError("the block ended before its last group of linear layers")
 
     def finish(self) -> Tensor:
+        if self._out is not None:
+            out, self._out = self._out, None
+            return out
         with tensor_cores():
             return run_block(self._block, self._input(), self._call)
-
-    def last(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        inputs: list[tuple[Tensor, ...]] = []
-        hook = next(self._leaders).register_forward_pre_hook(lambda _, args: inputs.append(args))
-        try:
-            out = self.finish()
-        finally:
-            hook.remove()
-        ((x, *others),) = inputs
-        return (x.flatten(0, -2), *others), out
 
     def again(self) -> None: ...
 
     def held(self) -> Iterator[Tensor]:
         return iter(())
+
+    def _to_the_end(self, leader: nn.Module) -> tuple[Tensor, ...] | None:
+        """As advance, and the output is kept; nothing where the block changes what the group has read."""
+        seen: list[tuple[tuple[Tensor, ...], list[int]]] = []
+
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append((args, [x._version for x in args]))
+
+        hook = leader.register_forward_pre_hook(look)
+        try:
+            out = self.finish()
+        finally:
+            hook.remove()
+        if len(seen) != 1 or [x._version for x in seen[0][0]] != seen[0][1]:
+            return None
+        self._out = out
+        return _flat(seen[0][0])
 
     def _input(self) -> Tensor:
         if self._coming is None:
@@ -147,6 +173,10 @@ class _Repeated:
 def _copies(device: torch.device) -> torch.cuda.Stream:
     """The stream in which inputs come."""
     return torch.cuda.Stream(device)
+
+
+def _flat(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0].flatten(0, -2), *args[1:]
 
 
 def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> NoReturn:
