@@ -160,7 +160,7 @@ def test_load_dequantizes_on_a_cpu(tiny_checkpoint):
 @pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"attention_bias": True}, {"num_hidden_layers": 1}])
 def test_variants_of_a_model(change, text_file, tmp_path):
     make_model(tmp_path / "model", **change)
-    settings = Settings(bits=4, tokens=512, ctx=64)
+    settings = Settings(4, "nested-4", tokens=512, ctx=64)
     quantize(tmp_path / "model", tmp_path / "out", settings, calibration=text_file, device="cpu")
     ids = torch.arange(60)[None]
     y, z = load(tmp_path / "out")(ids).logits, load(tmp_path / "model")(ids).logits
@@ -258,7 +258,7 @@ def test_calibration_runs_both_models_block_by_block(tiny_model):
 def test_passes_that_begin_anew_give_the_same_bytes_as_those_that_wait(
     tiny_model, text_file, tmp_path, monkeypatch, side_by_side
 ):
-    settings = Settings(tokens=512, ctx=64, side_by_side=side_by_side)
+    settings = Settings(3, "nested-3", tokens=512, ctx=64, side_by_side=side_by_side)
     quantize(tiny_model, tmp_path / "paused", settings, calibration=text_file, device="cpu")
     monkeypatch.setattr("glq.calibration.begin", passes._Repeated)
     quantize(tiny_model, tmp_path / "repeated", settings, calibration=text_file, device="cpu")
@@ -270,9 +270,8 @@ def test_passes_that_begin_anew_give_the_same_bytes_as_those_that_wait(
 
 def test_rotations_stay_inside_tensor_parallel_shards(text_file, tmp_path):
     model = make_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
-    quantize(
-        model, tmp_path / "out", Settings(tokens=512, ctx=64, tensor_parallel=2), calibration=text_file, device="cpu"
-    )
+    settings = Settings(3, "nested-3", tokens=512, ctx=64, tensor_parallel=2)
+    quantize(model, tmp_path / "out", settings, calibration=text_file, device="cpu")
     config = read_config(tmp_path / "out")
     assert config.tensor_parallel == 2
     for name, module in config.modules.items():
@@ -289,7 +288,7 @@ def test_a_dead_channel_is_handled(tiny_model, text_file, tmp_path):
     tensors["model.layers.0.input_layernorm.weight"][7] = 0
     tensors["model.layers.1.mlp.up_proj.weight"][:] = 0  # and a layer whose output, the next one's input, is all zeros
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    settings = Settings(bits=2, tokens=512, ctx=64)
+    settings = Settings(2, "e8-2", tokens=512, ctx=64)
     quantize(tmp_path / "model", tmp_path / "out", settings, calibration=text_file, device="cpu")
     assert torch.isfinite(load(tmp_path / "out")(torch.arange(60)[None]).logits).all()
 
