@@ -20,12 +20,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # 
 class Case:
     """A function of a product and tensors, its graph as Inductor traces it, and that graph after the pass."""
 
-    def __init__(self, function, inputs, table):
+    def __init__(self, function, inputs, table, own_sums):
         from glq.vllm_integration.passes import FuseIntoProducts
 
         self.graph = make_fx(function, table, tracing_mode="symbolic")(*inputs)
         self.before, text, expected = self.ops(), str(self.graph.graph), self.graph(*inputs)
-        FuseIntoProducts()(self.graph.graph)
+        FuseIntoProducts(own_sums)(self.graph.graph)
         self.graph.graph.lint()
         self.graph.recompile()
         self.after, self.untouched = self.ops(), str(self.graph.graph) == text
@@ -63,13 +63,13 @@ def case():
     signs = torch.randint(0, 256, shapes["signs"], dtype=torch.uint8)
     weight = (codes, torch.rand(64).add(0.5).half(), signs)
 
-    def run(function, *inputs, decompose=True):
+    def run(function, *inputs, decompose=True, own_sums=False):
         from torch._inductor.decomposition import select_decomp_table
 
         def with_weight(codes, scale, signs, *inputs):
             return function(lambda x: matmul(x, codes, scale, signs, "trellis-3", 64, COLUMNS), *inputs)
 
-        return Case(with_weight, (*weight, *inputs), select_decomp_table() if decompose else {})
+        return Case(with_weight, (*weight, *inputs), select_decomp_table() if decompose else {}, own_sums)
 
     return run
 
@@ -108,7 +108,7 @@ def test_a_sum_may_be_read_ahead_of_the_product_or_not_at_all(case):
         assert case(layer, rows(), rows(), rows()[0]).after == ["norm_matmul"]
 
 
-def test_sums_over_ranks_are_ours_and_vllms_where_they_have_no_inboxes(case, monkeypatch):
+def test_sums_over_ranks_are_ours_if_asked_for_and_vllms_where_they_have_no_inboxes(case, monkeypatch):
     from vllm.distributed import parallel_state
 
     group = SimpleNamespace(_all_reduce_out_place=lambda x: 3 * x)
@@ -118,9 +118,12 @@ def test_sums_over_ranks_are_ours_and_vllms_where_they_have_no_inboxes(case, mon
         y, total = norm(torch.ops.vllm.all_reduce(x, group_name="three"), residual, weight)
         return product(y), torch.ops.vllm.all_reduce(total, "three")
 
-    done = case(layer, rows(), rows(), rows()[0])
+    done = case(layer, rows(), rows(), rows()[0], own_sums=True)
     assert done.after == ["all_reduce", "norm_matmul", "all_reduce"]
     assert "vllm.all_reduce" not in str(done.graph.graph)
+    done = case(layer, rows(), rows(), rows()[0])
+    assert done.after == ["norm_matmul"]
+    assert str(done.graph.graph).count("vllm.all_reduce") == 2
 
 
 def test_inboxes_are_asked_for_and_given_once_where_gpus_reach_each_other():
@@ -234,15 +237,17 @@ def test_it_is_in_the_config_and_in_the_keys_of_caches():
     def installed(mode, **config):
         compilation = CompilationConfig(mode=mode, inductor_compile_config=config)
         key = compilation.compute_hash()
-        install(SimpleNamespace(compilation_config=compilation))
+        vllm_config = SimpleNamespace(compilation_config=compilation, additional_config={})
+        install(vllm_config)
         once = compilation.compute_hash()
-        install(SimpleNamespace(compilation_config=compilation))
+        install(vllm_config)
         assert compilation.compute_hash() == once
         return compilation.inductor_compile_config.get(current_platform.pass_key), once != key
 
     ours, changed = installed(CompilationMode.VLLM_COMPILE)
     assert isinstance(ours, FuseIntoProducts)
     assert changed
+    assert ours.uuid() == FuseIntoProducts().uuid() != FuseIntoProducts(own_sums=True).uuid()
     assert installed(CompilationMode.NONE) == (None, False)
     theirs = CallableInductorPass(print, uuid="theirs")
     assert installed(CompilationMode.VLLM_COMPILE, **{current_platform.pass_key: theirs}) == (theirs, False)

@@ -31,16 +31,24 @@ def install(vllm_config: Any) -> None:
     """Have vLLM run the pass if it compiles. A pass of the user's in this place stays, and ours is left out."""
     compilation = vllm_config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):
-        compilation.inductor_compile_config.setdefault(current_platform.pass_key, FuseIntoProducts())
+        own_sums = all_reduce.wanted(vllm_config)
+        compilation.inductor_compile_config.setdefault(current_platform.pass_key, FuseIntoProducts(own_sums))
 
 
 class FuseIntoProducts(InductorPass):
-    """glq::matmul becomes glq::norm_matmul or glq::silu_matmul where it alone reads its x, vllm::all_reduce glq's."""
+    """glq::matmul becomes glq::norm_matmul or glq::silu_matmul where it alone reads its x.
+
+    own_sums: and vllm::all_reduce becomes glq::all_reduce.
+    """
+
+    def __init__(self, own_sums: bool = False) -> None:
+        self._own_sums = own_sums
 
     def __call__(self, graph: Graph) -> None:
         norms = silus = 0
         for total in graph.find_nodes(op="call_function", target=torch.ops.vllm.all_reduce.default):
-            total.target = _glq.all_reduce.default  # of the same signature
+            if self._own_sums:
+                total.target = _glq.all_reduce.default  # of the same signature
         for product in graph.find_nodes(op="call_function", target=_glq.matmul.default):
             x = product.args[0]
             if product.kwargs or len(x.users) > 1 or not _known(*product.all_input_nodes):
@@ -55,11 +63,8 @@ class FuseIntoProducts(InductorPass):
 
     def uuid(self) -> str:
         """In the keys of vLLM's and of Inductor's caches. What the ops take is part of it."""
-        return str(
-            self.hash_source(
-                *(Path(file).read_text("utf-8") for file in (__file__, fused_matmul.__file__, all_reduce.__file__))
-            )
-        )
+        files = (__file__, fused_matmul.__file__, all_reduce.__file__)
+        return str(self.hash_source(str(self._own_sums), *(Path(file).read_text("utf-8") for file in files)))
 
 
 def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:
