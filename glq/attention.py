@@ -23,13 +23,13 @@ class OneHeadEach(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        options = dict(kwargs or {})
-        if func is scaled_dot_product_attention and len(args) >= 3 and options.get("enable_gqa"):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and len(args) >= 3 and kwargs.get("enable_gqa"):
             query, key, value, *rest = args
             if query.dtype == torch.float32:
                 args = (query, _repeated(key, query), _repeated(value, query), *rest)
-                del options["enable_gqa"]
-        return func(*args, **options)
+                kwargs = {**kwargs, "enable_gqa": False}
+        return func(*args, **kwargs)
 
 
 def _repeated(shared: Tensor, query: Tensor) -> Tensor:

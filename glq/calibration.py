@@ -120,7 +120,10 @@ def calibrate_block(
     read: list[Read] = []
     leaders = [[model.get_submodule(members[0]) for members in groups] for model in (block, twin)]
     pairs = [
-        (begin(block, leaders[0], hidden, call, device, False), begin(twin, leaders[1], hidden_hat, call_hat, device))
+        (
+            begin(block, leaders[0], hidden, call, device, changes=False),
+            begin(twin, leaders[1], hidden_hat, call_hat, device),
+        )
         for hidden, hidden_hat, call, call_hat in zip(reference, quantized, calls, calls_hat, strict=True)
     ]
     for i, members in enumerate(groups):
@@ -152,7 +155,7 @@ def calibrate_block(
         round_groups(twin, read)
         yield from range(len(groups))
     for k, (run, run_hat) in enumerate(pairs):
-        _request(one for both in pairs[k + 1 : k + 2] for one in both[bool(groups) :])
+        _request(one for both in pairs[k + 1 : k + 2] for one in (both[1:] if groups else both))
         if not groups:
             _replace(reference, k, run.finish(), spill, free)
         _replace(quantized, k, run_hat.finish(), spill, free)

@@ -105,7 +105,7 @@ class _Repeated:
     ) -> None:
         self._block, self._hidden, self._call, self._device = block, hidden, call, device
         self._leaders = iter(leaders)
-        self._last = [] if changes else leaders[-1:]
+        self._last = None if changes or not leaders else leaders[-1]
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
         self._out: Tensor | None = None
 
@@ -121,7 +121,7 @@ class _Repeated:
 
     def advance(self) -> tuple[Tensor, ...]:
         leader = next(self._leaders)
-        if self._last == [leader] and (inputs := self._to_the_end(leader)):
+        if leader is self._last and (inputs := self._to_the_end(leader)):
             return inputs
         hook = leader.register_forward_pre_hook(_stop)
         try:

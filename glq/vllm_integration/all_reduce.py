@@ -19,6 +19,7 @@ from glq import nvrtc
 from glq.custom_op import custom_op, register_fake
 from glq.ops import cuda_all_reduce
 from glq.ops.cuda_all_reduce import Inboxes, capacity, inbox_bytes, make_inboxes, takes
+from glq.vllm_integration.options import options_of
 
 _CALLS = 4  # of the first check: one more than an inbox has turns
 
@@ -39,9 +40,7 @@ def _(tensor: Tensor, group_name: str) -> Tensor:
 
 def wanted(config: Any) -> bool:
     """Whether a VllmConfig asks for them. Two batches at a time would take each other's sums: not with these."""
-    additional = config.additional_config
-    asked = isinstance(additional, dict) and bool(additional.get("glq_all_reduce"))
-    return asked and not config.parallel_config.use_ubatching
+    return bool(options_of(config).get("glq_all_reduce")) and not config.parallel_config.use_ubatching
 
 
 def give_inboxes(group: Any, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from glq.errors import GlqError
 from glq.kv.codec import kv_codec
+from glq.vllm_integration.options import options_of
 
 _NAMES = ("glq_kv_bits", "glq_kv_key_bits", "glq_kv_value_bits", "glq_kv_repeatable")
 _EXAMPLE = "--attention-backend CUSTOM --additional-config '{\"glq_kv_bits\": 4}'"
@@ -81,8 +82,7 @@ class KvOptions:
 
 
 def _given(config: Any) -> dict[str, Any]:
-    additional = config.additional_config
-    return {k: v for k, v in additional.items() if k.startswith("glq_kv")} if isinstance(additional, dict) else {}
+    return {k: v for k, v in options_of(config).items() if k.startswith("glq_kv")}
 
 
 def _check(config: Any) -> None:

@@ -46,8 +46,8 @@ class FuseIntoProducts(InductorPass):
 
     def __call__(self, graph: Graph) -> None:
         norms = silus = 0
-        for total in graph.find_nodes(op="call_function", target=torch.ops.vllm.all_reduce.default):
-            if self._own_sums:
+        if self._own_sums:
+            for total in graph.find_nodes(op="call_function", target=torch.ops.vllm.all_reduce.default):
                 total.target = _glq.all_reduce.default  # of the same signature
         for product in graph.find_nodes(op="call_function", target=_glq.matmul.default):
             x = product.args[0]
