@@ -95,6 +95,8 @@ def test_every_division_of_the_work(wr, wk, multiprocessors):
 BATCH_SHAPES = [
     cuda_batch.Shape(32, 2, 1, 4),
     cuda_batch.Shape(32, 1, 1, 3),
+    cuda_batch.Shape(32, 1, 1, 4),
+    cuda_batch.Shape(64, 1, 1, 2),
     cuda_batch.Shape(64, 2, 1, 3),
     cuda_batch.Shape(64, 2, 1, 4),
     cuda_batch.Shape(128, 2, 1, 2),
@@ -119,7 +121,7 @@ def test_batch_of_every_codec(name, dtype):
 
 
 @emulated
-@pytest.mark.parametrize(("shape", "parts"), list(zip(BATCH_SHAPES, [1, 2, 3, 4, 2, 5, 1], strict=True)))
+@pytest.mark.parametrize(("shape", "parts"), list(zip(BATCH_SHAPES, [1, 2, 3, 1, 3, 4, 2, 5, 1], strict=True)))
 @pytest.mark.parametrize("name", ["trellis-4", "trellis-2.25"])
 def test_batch_of_every_shape(name, shape, parts):
     check_batch(name, shape.tokens - 5, 330, 328, shape, parts)
@@ -199,7 +201,8 @@ def test_every_block_of_prefill_has_a_unit(tokens, rows, cols):
 def test_products_of_warpgroups_keep_their_pipeline():
     """ptxas says so where it does not."""
     for name in ("trellis-1.5", "trellis-2.75", "trellis-3.25", "trellis-4"):
-        plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in BATCH_SHAPES]
+        shapes = [s for s in BATCH_SHAPES if s.wk < 4 or s.shared_by > 1 or TRELLISES[name].signed_lookup]
+        plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
         for plan in (*plans, cuda_prefill.fill(TRELLISES[name], torch.float16, torch.float16, cuda_prefill.SHAPE)):
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")
@@ -373,7 +376,7 @@ def test_many_tokens_on_a_gpu(name, dtype):
             assert error(y, x, weight) < 2
             assert torch.equal(y, cuda_prefill.matmul(plain(x), weight, gpu))
         for tokens in (17, 40, 128):
-            part = x[:tokens]
+            part = plain(x[:tokens])
             for shape in BATCH_SHAPES:
                 plan = cuda_batch.spread_out(
                     cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape),
@@ -383,6 +386,6 @@ def test_many_tokens_on_a_gpu(name, dtype):
                     132,
                 )
                 y = cuda_batch.matmul(part, weight, gpu, plan)
-                assert error(y, part, weight) < 2
+                assert error(y, x[:tokens], weight) < 2
                 assert torch.equal(y, cuda_batch.matmul(part, weight, gpu, plan))
         assert error(cuda_dequantize.matmul(x, weight, gpu), x, weight) < 2

@@ -117,13 +117,18 @@ __device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r,
     place.advance(WK);
   }
   await_products<0>();
+  #pragma unroll
+  for (int m = 0; m < PRODUCTS; ++m) settle(acc[m]);
 }
 
 // ---- sums ----
 
-// What the blocks of a tile have of y, each its share of the fragments. sums: [WK][TILE_FRAGMENTS][32], what this one's warps have; handed: of
-// the tile, [parts - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
-__device__ __forceinline__ void add_up(const float4* sums, float4* handed, int parts, int rank, const Output& out, int row, int token) {
+static constexpr int SUMS_BYTES = WK * TILE_FRAGMENTS * 32 * 16;
+static_assert(ROWS <= THREADS, "a thread has the scale of one row at most");
+
+// What the blocks of a tile have of y, each its share of the fragments. sums: [WK][TILE_FRAGMENTS][32], what this one's warps have; scales: of the tile's
+// rows; handed: of the tile, [parts - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
+__device__ __forceinline__ void add_up(const float4* sums, const float* scales, float4* handed, int parts, int rank, const Output& out, int row, int token) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int begin = TILE_FRAGMENTS * rank / parts, end = TILE_FRAGMENTS * (rank + 1) / parts;
   auto own = [&](int f) {
@@ -144,8 +149,8 @@ __device__ __forceinline__ void add_up(const float4* sums, float4* handed, int p
     add_parts(sum, (float*)(handed + f * 32 + lane), TILE_FRAGMENTS * 128, parts - 1);
     const int of_warp = f / HELD, m = f % HELD / BLOCKS_OF_8;  // where the warp that had it has its rows
     const int tile = of_warp / 4 * PRODUCTS + of_warp % 4 / SHARED_BY, part = of_warp % 4 % SHARED_BY;
-    const int first = row + 64 * tile + 16 * (part * PRODUCTS + m);
-    out.put(sum, out.scales(first), first, out.place(token + f % BLOCKS_OF_8 * 8 + lane / 4));
+    const int first = 64 * tile + 16 * (part * PRODUCTS + m), of_lane = first + lane / 4;
+    out.put(sum, make_float2(scales[of_lane], scales[of_lane + 8]), row + first, out.place(token + f % BLOCKS_OF_8 * 8 + lane / 4));
   }
 }
 
@@ -182,17 +187,21 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   wait_for_previous();  // which may have rotated x, and use y and what is handed over
   if (brings)
     for (int unit = wk; unit < STAGES; unit += WK) source.bring(ring, unit, unit);
+  const int own_row = row_tile * 64 + threadIdx.x;  // asked for now, since it comes from far
+  const float own_scale = threadIdx.x < ROWS && own_row < rows ? load_scale(scale, own_row) : 0;
   float acc[PRODUCTS][TOKENS / 2];
   #pragma unroll
   for (int i = 0; i < PRODUCTS * TOKENS / 2; ++i) (&acc[0][0])[i] = 0;
   multiply_units(acc, r, first, wk, ring, source, part, brings);
   __syncthreads();  // nobody looks up any more: sums lie where the table was
   float4* const sums = (float4*)memory;
+  float* const scales = (float*)(memory + SUMS_BYTES);
+  if (threadIdx.x < ROWS) scales[threadIdx.x] = own_scale;
   #pragma unroll
   for (int j = 0; j < HELD; ++j) {
     const float* const from = acc[j / BLOCKS_OF_8] + j % BLOCKS_OF_8 * 4;
     sums[((wk * WR * 4 + wr * 4 + warp % 4) * HELD + j) * 32 + lane] = make_float4(from[0], from[1], from[2], from[3]);
   }
   __syncthreads();
-  add_up(sums, (float4*)handed + (size_t)tile * (parts - 1) * TILE_FRAGMENTS * 32, parts, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
+  add_up(sums, scales, (float4*)handed + (size_t)tile * (parts - 1) * TILE_FRAGMENTS * 32, parts, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
 }

@@ -56,7 +56,7 @@ class Plan:
     def shared(self) -> int:
         """Bytes of shared memory a block. The stages lie in the holes of a table that has some."""
         table, stages = table_bytes(self.codec, self.copies), self.stages * self.shape.tokens * 128
-        sums = 4 * self.shape.wk * self.shape.rows * self.shape.tokens  # where the rest was
+        sums = 4 * self.shape.rows * (self.shape.wk * self.shape.tokens + 1)  # and scales, where the rest was
         return max(table if spread(self.codec, self.copies) else table + stages + _BARRIERS, sums)
 
     @property
@@ -84,20 +84,21 @@ def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiproces
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prefill.cu was."""
     codec, rows, cols = get_codec(weight.codec), weight.out_features, weight.in_features
     assert isinstance(codec, Trellis)
-    shape = _shape(tokens, rows, cols, codec.signed_lookup)
+    shape = _shape(tokens, rows, cols, codec.signed_lookup, multiprocessors)
     if shape is None:
         return None
     return spread_out(fill(codec, dtype, weight.scale.dtype, shape), tokens, rows, cols, multiprocessors)
 
 
-def _shape(tokens: int, out_features: int, in_features: int, signed: bool) -> Shape | None:
+def _shape(tokens: int, out_features: int, in_features: int, signed: bool, multiprocessors: int) -> Shape | None:
     small = out_features * in_features < _SMALL
     if tokens <= 32:
-        return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 3)
+        return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
-        return Shape(64, 2, 1, 3) if small else Shape(64, 2, 1, 4)
+        tall = out_features > 128 * multiprocessors  # too tall for all tiles of 128 rows at once, not for those of 256
+        return Shape(64, 2, 1, 3) if small else Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
     if tokens <= 128 and (small or in_features > out_features):
-        return Shape(128, 2, 1, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 4, 2, 2)
+        return Shape(128, 4, 2, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 2, 1, 2)
     return None
 
 

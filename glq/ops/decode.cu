@@ -52,7 +52,7 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
   const Work work{row_tiles, col_tiles, (col_tiles + WK - 1) / WK, length, longer};
-  auto put = [&](int token, int row, float4 sum) { put_rows(y + (size_t)token * rows, scale, 0, row, rows, sum); };
+  auto put = [&](int token, int row, const Scales& scales, float4 sum) { put_rows(y + (size_t)token * rows, scales, scale, 0, row, rows, sum); };
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1), slot = ROWS * tokens;
   const int held = NT == 1 ? tokens : 8 * NT;  // tokens in a tile of x
   float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums; scratch of the rotation
@@ -73,6 +73,7 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   fill_table(memory, table, THREADS);
   int group = begin / work.per_row, ku = begin - group * work.per_row;
   const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
+  if (NT == 1) request_scales(scale, head * ROWS, min(((end - 1) / work.per_row + 1) * ROWS, rows) - head * ROWS);
 #if BLOCK
   rotate_for(work, begin, end, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols);
 #else
@@ -109,13 +110,15 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
     }
     const bool ends = ku == work.per_row, begins = group > head || shared_from == blockIdx.x;
     later |= ends && !begins;
+    const Scales scales(scale, 0, group * ROWS, rows);
     take_sums(acc, sums, tokens, warp, [&](int token, int row, float4 sum) {
       const int at = blockIdx.x * slot + token * ROWS + row;
       if (!ends) hand_over(handed + at, sum);
-      else if (begins) put(token, group * ROWS + row, sum);
+      else if (begins) put(token, group * ROWS + row, scales, sum);
       else *(float4*)(own + at) = sum;
     });
   }
-  if (later)
-    take_parts(handed, own + blockIdx.x * slot, slot, tokens, shared_from, [&](int token, int row, float4 sum) { put(token, head * ROWS + row, sum); });
+  if (!later) return;
+  const Scales scales(scale, 0, head * ROWS, rows);
+  take_parts(handed, own + blockIdx.x * slot, slot, tokens, shared_from, [&](int token, int row, float4 sum) { put(token, head * ROWS + row, scales, sum); });
 }

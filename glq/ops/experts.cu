@@ -64,8 +64,8 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
 
   const int groups = (row_tiles + WR - 1) / WR, per_row = (col_tiles + WK - 1) / WK, units = *pairs.total * groups * per_row;
   const Work work{row_tiles, col_tiles, per_row, units / (int)gridDim.x, units % (int)gridDim.x};
-  auto put = [&](const Segment& s, int slot, int row, float4 sum) {
-    put_rows(y + (size_t)pairs.of(s, slot) * rows, scale, s.expert * rows, row, rows, sum);
+  auto put = [&](const Segment& s, int slot, int row, const Scales& scales, float4 sum) {
+    put_rows(y + (size_t)pairs.of(s, slot) * rows, scales, scale, s.expert * rows, row, rows, sum);
   };
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
   if (begin == end) return;
@@ -103,6 +103,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   for (int unit = begin; unit < end; ku = 0, begins = true) {
     const Segment& s = pairs.segments[segment];
     const bool last_group = group + 1 == groups;
+    if (BLOCK) request_scales(scale, s.expert * rows + group * ROWS, min(ROWS, rows - group * ROWS));
     for (const int stop = min(end, unit - ku + per_row); unit < stop; ++unit, ++ku) {
 #if BLOCK
       const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
@@ -124,10 +125,11 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
     }
     const bool ends = ku == per_row;
     later |= ends && !begins;
+    const Scales scales(scale, s.expert * rows, group * ROWS, rows);
     take_sums(acc, sums, s.count, warp, [&](int slot, int row, float4 sum) {
       const int at = blockIdx.x * SLOT + slot * ROWS + row;
       if (!ends) hand_over(handed + at, sum);
-      else if (begins) put(s, slot, group * ROWS + row, sum);
+      else if (begins) put(s, slot, group * ROWS + row, scales, sum);
       else *(float4*)(own + at) = sum;
     });
     group = last_group ? 0 : group + 1;
@@ -136,6 +138,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   if (!later) return;
   const int head_group = head % groups;  // again: kept, it would take registers from the products
   const Segment& s = pairs.segments[head / groups];
+  const Scales scales(scale, s.expert * rows, head_group * ROWS, rows);
   take_parts(handed, own + blockIdx.x * SLOT, SLOT, s.count, shared_from,
-             [&](int slot, int row, float4 sum) { put(s, slot, head_group * ROWS + row, sum); });
+             [&](int slot, int row, float4 sum) { put(s, slot, head_group * ROWS + row, scales, sum); });
 }

@@ -10,6 +10,10 @@ struct Output {
     const int at = row + threadIdx.x % 32 / 4, first = matrix * rows;
     return make_float2(at < rows ? load_scale(scale, first + at) : 0, at + 8 < rows ? load_scale(scale, first + at + 8) : 0);
   }
+  // By a warp, some time before it asks for them: they come from far.
+  __device__ __forceinline__ void request_scales(int row, int matrix = 0) const {
+    if (row < rows && threadIdx.x % 32 == 0) request_to_l2((const u8*)scale + ((size_t)matrix * rows + row) * (SCALE == 32 ? 4 : 2));
+  }
   // Which token of y one is, or −1.
   __device__ __forceinline__ int place(int token) const { return pairs ? __ldg(pairs + token) : token < tokens ? token : -1; }
   // A fragment: sums of rows lane / 4 and 8 beyond, each of two tokens; place: of token lane / 4.

@@ -213,12 +213,13 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
   float acc[TOKENS / 2];
   for (int unit = begin; unit < end;) {
     const int tile = unit / col_tiles, tile_begin = tile * col_tiles, tile_end = tile_begin + col_tiles, stop = min(end, tile_end);
+    const Tile own = work.tile(tile);
+    const int row = own.row_tile * 64 + threadIdx.x / 32 * 16;
+    if (unit == tile_begin) out.request_scales(row, own.expert);
     multiply_units(acc, stop - unit, ring, place);
     if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
     else {
       if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
-      const Tile own = work.tile(tile);
-      const int row = own.row_tile * 64 + threadIdx.x / 32 * 16;
       const float2 by = out.scales(row, own.expert);
       int places[TOKENS / 32];  // of 32 tokens, one a lane: all come from memory at once where there are experts
       #pragma unroll

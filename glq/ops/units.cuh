@@ -1,8 +1,9 @@
 // What the kernels for few tokens have in common (decode.cu, experts.cu): runs of units, a warp's product with its tile, sums
 // over the warps of a block.
-// Macros, besides those of exchange.cuh and tiles.cuh: NT (8 tokens each), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
+// Macros, besides those of exchange.cuh and tiles.cuh: NT (8 tokens each), BLOCK (of one_token.cuh), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
+static_assert(128 * WARPS % ROWS == 0, "a thread's rows are the same of each token");
 static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 64, and 8 that keep banks apart
 
 // ---- which units a block has ----
@@ -78,9 +79,21 @@ template <typename F> __device__ __forceinline__ void take_parts(float* handed, 
     put(i / ROWS, i % ROWS, sum);
   }
 }
-// Four rows' sums, scaled, to y of one token; scales: where those of the matrix begin.
-__device__ __forceinline__ void put_rows(u16* y, const void* scale, int scales, int row, int rows, float4 sum) {
+// The scales of the four rows that a thread has of each group of them, as take_sums gives them. first: where those of the matrix begin.
+struct Scales {
+  float of[4];
+
+  // With one token they are asked for while warps still wait for each other; with more there are no registers for them.
+  __device__ __forceinline__ Scales(const void* scale, int first, int row, int rows) {
+    if (!BLOCK) return;
+    row += 4 * threadIdx.x % ROWS;
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) of[i] = row + i < rows ? load_scale(scale, first + row + i) : 0;
+  }
+};
+// Four rows' sums, scaled, to y of one token.
+__device__ __forceinline__ void put_rows(u16* y, const Scales& scales, const void* scale, int first, int row, int rows, float4 sum) {
   const float v[4] = {sum.x, sum.y, sum.z, sum.w};
   #pragma unroll
-  for (int i = 0; i < 4; ++i) if (row + i < rows) y[row + i] = to16(v[i] * load_scale(scale, scales + row + i));
+  for (int i = 0; i < 4; ++i) if (row + i < rows) y[row + i] = to16(v[i] * (BLOCK ? scales.of[i] : load_scale(scale, first + row + i)));
 }

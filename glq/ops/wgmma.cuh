@@ -38,6 +38,11 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int PENDING> __device__ __forceinline__ void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+// After a wait: the compiler may not read a sum ahead of it. (It may move what reads a register past instructions that do not name it.)
+template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
+  #pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 #if BF16
 #define GLQ_TYPES "f32.bf16.bf16"
 #else

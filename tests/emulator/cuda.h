@@ -298,6 +298,7 @@ static void run_product(const Product& p) {
     }
   }
 }
+template <int COUNT> static void settle(float (&)[COUNT]) {}
 template <int PENDING> static void await_products() {
   auto& groups = products[current];
   sync_warp();  // all lanes have what their products read, until all products are done
