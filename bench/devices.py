@@ -2,7 +2,8 @@
 
     python bench/devices.py OUT.json [--devices 0,1] [--codec trellis-4 trellis-2] [--shape llama-3-8b] [--experts 8]
 
-Random weights, moments of random activations. Each figure is of the second time: the first captures graphs. The groups
+Random weights, moments of random activations. Each figure is the median of the last three of five times: a device that
+takes a matrix of a shape for the first time captures graphs, and which one takes what depends on the time. The groups
 of the block are given all at once, as by `glq quantize --side-by-side`: without it one waits for the other, and there
 is nothing to share out in a dense model. Experts of a mixture are given as many at once as there are devices.
 """
@@ -11,6 +12,7 @@ import argparse
 import copy
 import hashlib
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -18,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+TIMES = 5
 
 
 def moments(width: int, device: Any) -> Any:
@@ -83,7 +87,7 @@ class Timed:
         self.digest = ""
 
     def seconds(self) -> list[float]:
-        """Of two times; `digest` is that of all that was written."""
+        """Of TIMES times; `digest` is that of all that was written."""
         from glq.rounder import Choice, GroupRounder
         from glq.workers import Devices
         from glq.writer import CheckpointWriter
@@ -91,7 +95,7 @@ class Timed:
         found = []
         with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "out") as writer:
             rounder = GroupRounder(writer, Devices(self.devices), 0, 0.1)
-            for _ in range(2):
+            for _ in range(TIMES):
                 written: dict[str, str] = {}
                 writer.add = lambda tensors, into=written: into.update(  # type: ignore[method-assign]
                     {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
@@ -119,8 +123,9 @@ def measure(what: str, groups: list[Any], devices: Sequence[Any], codec: str) ->
     digests = set()
     for name, some in (("one", devices[:1]), ("all", devices)):
         timed = Timed(groups, some, codec)
-        first, row[f"{name}_seconds"] = timed.seconds()
-        row[f"{name}_first_seconds"], row[f"{name}_per_second"] = first, weights / row[f"{name}_seconds"]
+        row[f"{name}_times"] = timed.seconds()
+        row[f"{name}_seconds"] = statistics.median(row[f"{name}_times"][-3:])
+        row[f"{name}_per_second"] = weights / row[f"{name}_seconds"]
         digests.add(timed.digest)
     row["same_bytes"], row["speedup"] = len(digests) == 1, row["one_seconds"] / row["all_seconds"]
     return row

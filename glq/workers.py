@@ -1,6 +1,7 @@
 """Who rounds matrices on this machine: one device, or several side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
@@ -24,9 +25,11 @@ class Devices:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
         self._panels = panels_for(devices)
+        self._ways: dict[int, torch.cuda.Stream] = {}  # of the first GPU, by who copies from it and to it
         if devices[0].type == "cuda":
-            for device in devices[1:]:  # PyTorch loads its solvers when they are first used, which threads must not do
-                factor(torch.eye(2, device=device), 1)
+            for i, device in enumerate(devices[1:], 1):
+                factor(torch.eye(2, device=device), 1)  # PyTorch loads its solvers now, which threads must not do
+                self._ways[i] = torch.cuda.Stream(devices[0])
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +40,8 @@ class Devices:
         return len(self._devices)
 
     def __call__(self, matrices: Sequence[Matrix]) -> list[Outcome]:
+        for way in self._ways.values():
+            way.wait_stream(torch.cuda.current_stream(self.device))  # which makes the matrices
         return spread.run(self._devices, [self._task(matrix) for matrix in matrices])
 
     def _task(self, matrix: Matrix) -> spread.Task[Outcome]:
@@ -44,6 +49,20 @@ class Devices:
             panels = self._panels[index]
             if index == 0:
                 return matrix.round(panels)
-            return matrix.to(self._devices[index]).round(panels).to(self.device)
+            with self._apart(index):
+                own = matrix.to(self._devices[index])
+            outcome = own.round(panels)
+            with self._apart(index):
+                return outcome.to(self.device)
 
         return spread.Task(matrix.size, work)
+
+    @contextmanager
+    def _apart(self, index: int) -> Iterator[None]:
+        """What is copied here does not wait for what the first GPU still has to round, seconds of which are queued."""
+        if index not in self._ways:
+            yield
+            return
+        with torch.cuda.stream(self._ways[index]):
+            yield
+        self._ways[index].synchronize()
