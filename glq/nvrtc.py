@@ -110,6 +110,9 @@ class Launcher(Protocol):
         The kernel has to leave it as it was.
         """
 
+    def __hash__(self) -> int:
+        """By identity: plans for a device are kept."""
+
 
 class Gpu:
     """A CUDA device. One for each: gpu()."""

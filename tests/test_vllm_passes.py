@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
 import glq
+from glq.errors import GlqError
 from glq.ops.matmul import matmul
 from glq.packed import packed_shapes
 
@@ -136,6 +137,8 @@ def test_inboxes_are_asked_for_and_given_once_where_gpus_reach_each_other():
     assert not wanted(config({}))
     assert not wanted(config(None))
     assert not wanted(config({"glq_all_reduce": True}, ubatching=True))
+    with pytest.raises(GlqError, match="unknown keys glq_allreduce"):
+        wanted(config({"glq_allreduce": True, "other": 1}))
     for peers in (None, SimpleNamespace(disabled=True), SimpleNamespace(disabled=False, mnnvl_only=True)):
         group = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=peers))
         give_inboxes(group, torch.bfloat16)

@@ -1,6 +1,7 @@
 """The product with some tokens on a Hopper GPU: launches ops/batch.cu, for trellis codecs."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Plan:
         sums = 4 * self.shape.rows * (self.shape.wk * self.shape.tokens + 1)  # and scales, where the rest was
         return max(table if spread(self.codec, self.copies) else table + stages + _BARRIERS, sums)
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         defined = macros(
             self.codec,
@@ -82,12 +83,19 @@ class Plan:
 
 def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiprocessors: int) -> Plan | None:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prefill.cu was."""
-    codec, rows, cols = get_codec(weight.codec), weight.out_features, weight.in_features
+    codec = get_codec(weight.codec)
     assert isinstance(codec, Trellis)
+    return _plan(tokens, dtype, codec, weight.scale.dtype, weight.out_features, weight.in_features, multiprocessors)
+
+
+@lru_cache(4096)
+def _plan(
+    tokens: int, dtype: torch.dtype, codec: Trellis, scale: torch.dtype, rows: int, cols: int, multiprocessors: int
+) -> Plan | None:
     shape = _shape(tokens, rows, cols, codec.signed_lookup, multiprocessors)
     if shape is None:
         return None
-    return spread_out(fill(codec, dtype, weight.scale.dtype, shape), tokens, rows, cols, multiprocessors)
+    return spread_out(fill(codec, dtype, scale, shape), tokens, rows, cols, multiprocessors)
 
 
 def _shape(tokens: int, out_features: int, in_features: int, signed: bool, multiprocessors: int) -> Shape | None:

@@ -1,6 +1,7 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 
 import torch
@@ -66,7 +67,7 @@ class Plan:
         sums = 4 * max(64 * min(self.tokens, 8) * warps, (256 + (self.input == NORM)) * warps if self.block else 0)
         return sums, 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         defined = macros(
             self.codec,
@@ -89,6 +90,7 @@ def max_tokens(arch: int) -> int:
     return 64 if arch in (80, 90) else 32
 
 
+@lru_cache(4096)
 def make_plan(
     codec: Trellis,
     dtype: torch.dtype,

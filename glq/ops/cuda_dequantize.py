@@ -4,6 +4,7 @@ By ops/unrotate.cu in the model's basis; or, cheaper, by ops/dequantize.cu in th
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Plan:
         """Bytes of shared memory a block of threads."""
         return table_bytes(self.codec, self._copies)
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/dequantize.cu")
         return nvrtc.Source(files, macros(self.codec, self._copies, self.dtype, self.scale))
@@ -61,11 +62,14 @@ class UnrotatePlan:
         """Bytes of shared memory a block of threads."""
         return table_bytes(self.codec, self.copies) + self.buffers * 16 * 4 * (32 * 32 + 8)
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         own = {"OUT_BF16": int(self.dtype == torch.bfloat16), "BLOCK_TILES": self.block // 64, "BUFFERS": self.buffers}
         files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/unrotate.cu")
         return nvrtc.Source(files, macros(self.codec, self.copies, torch.float16, self.scale, **own))
+
+
+_plan = lru_cache(4096)(Plan)  # which keeps its source
 
 
 def unrotates(block: int) -> bool:
@@ -78,6 +82,7 @@ def own_basis_tokens(out_features: int) -> int:
     return -(-out_features // _ROW_SHARE)
 
 
+@lru_cache(4096)
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, block: int, gpu: nvrtc.Launcher) -> UnrotatePlan:
     """Two buffers and many copies of the table where there is room: on Hopper; one and four on consumer GPUs."""
     choices = [(64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
@@ -103,7 +108,7 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
     """[64 · row tiles, 64 · column tiles] of a trellis codec in `dtype`, scaled, in the rotated basis."""
     trellis = get_codec(weight.codec)
     assert isinstance(trellis, Trellis)
-    plan = Plan(trellis, dtype, weight.scale.dtype)
+    plan = _plan(trellis, dtype, weight.scale.dtype)
     (row_tiles, col_tiles, _), rows = weight.codes.shape, weight.out_features
     device = weight.codes.device
     out = torch.empty(64 * row_tiles, 64 * col_tiles, dtype=dtype, device=device)
@@ -130,6 +135,8 @@ def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
 
 def _rows(weight: PackedLinear, first: int, end: int) -> PackedLinear:
     """Some rows, of which `first` begins a tile."""
+    if end - first == weight.out_features:
+        return weight
     codes = weight.codes[first // 64 : -(-end // 64)]
     scale = weight.scale[first:end]
     return PackedLinear(weight.codec, end - first, weight.in_features, weight.block, codes, scale, weight.signs)

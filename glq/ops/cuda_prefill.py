@@ -1,6 +1,7 @@
 """The product with many tokens on a Hopper GPU: launches ops/prefill.cu, for trellis codecs."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Plan:
             return table + self.stages * self.stage + _BARRIERS
         return table if HOLE % self.stage >= _BARRIERS else table + _BARRIERS
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         defined = macros(
             self.codec,
@@ -90,6 +91,7 @@ class Plan:
         return tiles % self.blocks > 0
 
 
+@lru_cache(4096)
 def make_plan(
     codec: Trellis,
     dtype: torch.dtype,

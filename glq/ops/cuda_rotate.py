@@ -1,5 +1,7 @@
 """The rotation of x on an NVIDIA GPU, into the order in which the kernels read it: launches ops/rotate.cu."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def rotate_rows(x: Tensor, signs: Tensor, block: int, gpu: nvrtc.Launcher) -> Te
 
 def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
     tokens, in_features = x.shape
-    source, blocks = _source(x, block, layout), in_features // block
+    source, blocks = _source(x.dtype, x.kind, block, layout), in_features // block
     assert x.kind == PLAIN or makes(block, tokens)
     if by_warps(block) and tokens <= FEW:
         tensors, sizes = (*x.tensors, signs, out), (*x.sizes, held, in_features)
@@ -55,9 +57,10 @@ def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout:
     return out
 
 
-def _source(x: Input, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
+@lru_cache(4096)
+def _source(dtype: torch.dtype, kind: int, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
     chunks = block // 256 if by_warps(block) else 1
-    macros = {"BF16": int(x.dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout, "INPUT": x.kind}
+    macros = {"BF16": int(dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout, "INPUT": kind}
     macros["GATHER"] = int(gather)
     return nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/input.cuh", "ops/rotate.cu"), tuple(macros.items()))
 
@@ -77,7 +80,7 @@ def _launch_many(
     groups, shared = -(-most // _TOGETHER), chunks * _CHUNK
     resident = max(1, min(16 // chunks, gpu.shared_memory // (shared + nvrtc.RESERVED)))  # on a multiprocessor
     turns = -(-groups // max(1, resident * gpu.multiprocessors // columns))
-    source, grid = _source(x, block, layout, gathered[0] is not None), (-(-groups // turns), columns)
+    source, grid = _source(x.dtype, x.kind, block, layout, gathered[0] is not None), (-(-groups // turns), columns)
     gpu.launch(source, "rotate_many", grid, 32 * chunks, shared, x.first, signs, out, *gathered)
 
 

@@ -16,7 +16,6 @@ from glq.errors import GlqError
 from glq.kv.codec import kv_codec
 from glq.vllm_integration.options import options_of
 
-_NAMES = ("glq_kv_bits", "glq_kv_key_bits", "glq_kv_value_bits", "glq_kv_repeatable")
 _EXAMPLE = "--attention-backend CUSTOM --additional-config '{\"glq_kv_bits\": 4}'"
 
 
@@ -49,7 +48,7 @@ def __getattr__(name: str) -> Any:
 def wanted(config: Any) -> bool:
     """Whether a VllmConfig asks for the E8 KV cache. GlqError if it does by half."""
     chosen = config.attention_config.backend == AttentionBackendEnum.CUSTOM
-    if not chosen and _given(config):
+    if not chosen and any(name.startswith("glq_kv") for name in options_of(config)):
         raise GlqError(f"additional_config asks for an E8 KV cache, --attention-backend does not: give {_EXAMPLE}")
     return chosen
 
@@ -69,9 +68,7 @@ class KvOptions:
     @classmethod
     def of(cls, config: Any) -> "KvOptions":
         """Those of a VllmConfig. GlqError for what it cannot be."""
-        given = _given(config)
-        if unknown := sorted(given.keys() - set(_NAMES)):
-            raise GlqError(f"additional_config has unknown keys {', '.join(unknown)}: known are {', '.join(_NAMES)}")
+        given = options_of(config)
         both = given.get("glq_kv_bits")
         keys, values = given.get("glq_kv_key_bits", both), given.get("glq_kv_value_bits", both)
         if keys is None or values is None:
@@ -79,10 +76,6 @@ class KvOptions:
         kv_codec(keys), kv_codec(values)
         _check(config)
         return cls(keys, values, bool(given.get("glq_kv_repeatable", False)))
-
-
-def _given(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in options_of(config).items() if k.startswith("glq_kv")}
 
 
 def _check(config: Any) -> None:

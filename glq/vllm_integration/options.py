@@ -2,8 +2,16 @@
 
 from typing import Any
 
+from glq.errors import GlqError
+
+_NAMES = ("glq_kv_bits", "glq_kv_key_bits", "glq_kv_value_bits", "glq_kv_repeatable", "glq_all_reduce")
+
 
 def options_of(config: Any) -> dict[str, Any]:
-    """What additional_config holds, others' options too; nothing where it is an object of another plugin's."""
+    """Those of additional_config; none where it is an object of another plugin's. GlqError for one that nobody knows."""
     additional = config.additional_config
-    return additional if isinstance(additional, dict) else {}
+    given = additional if isinstance(additional, dict) else {}
+    options = {name: value for name, value in given.items() if str(name).startswith("glq")}
+    if unknown := sorted(options.keys() - set(_NAMES)):
+        raise GlqError(f"additional_config has unknown keys {', '.join(unknown)}: known are {', '.join(_NAMES)}")
+    return options
