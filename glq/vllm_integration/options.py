@@ -8,7 +8,7 @@ _NAMES = ("glq_kv_bits", "glq_kv_key_bits", "glq_kv_value_bits", "glq_kv_repeata
 
 
 def options_of(config: Any) -> dict[str, Any]:
-    """Those of additional_config; none where it is an object of another plugin's. GlqError for one that nobody knows."""
+    """Those of additional_config; none where it is an object of another plugin's. GlqError for one that is unknown."""
     additional = config.additional_config
     given = additional if isinstance(additional, dict) else {}
     options = {name: value for name, value in given.items() if str(name).startswith("glq")}
