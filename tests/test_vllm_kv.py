@@ -1,5 +1,6 @@
 """The E8 KV cache in real vLLM on the CPU: what transformers with GlqCache gives, however pages are used."""
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 import glq
 from glq import GlqCache, GlqError
+from glq.config import GlqConfig
 from glq.hf_integration import load
 from glq.kv.codec import kv_codec
 
@@ -270,6 +272,28 @@ def test_what_it_does_not_do_is_one_line(given, changes, match):
     with pytest.raises(GlqError, match=match) as info:
         KvOptions.of(asked) if wanted(asked) else None
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "match"),
+    [
+        ({"glq_kv_bits": 4}, {"backend": None}, "--attention-backend does not"),
+        ({"glq_kv_bits": 4}, {"use_mla": True}, "does not go with MLA"),
+        ({"glq_kv": 4}, {}, "unknown keys glq_kv:"),
+        ({"glq_kv_bits": 4}, {}, None),
+        ({}, {}, None),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_glq_checks_options_ahead_of_its_weights(given, changes, match, monkeypatch):
+    from glq.vllm_integration import passes
+    from glq.vllm_integration.config import GlqVllmConfig
+
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config(given, **changes))
+    monkeypatch.setattr(passes, "install", lambda _: None)
+    ours = GlqVllmConfig(GlqConfig({}, 4.0, glq.__version__))
+    with pytest.raises(GlqError, match=match) if match else nullcontext():
+        assert ours.get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
 
 
 @pytest.mark.parametrize(

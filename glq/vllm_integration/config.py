@@ -62,11 +62,12 @@ class GlqVllmConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        from glq.vllm_integration import methods, passes
+        from glq.vllm_integration import kv, methods, passes
 
         prefix = of_tensors(self.architecture, prefix, self.blocks)
         if config := get_current_vllm_config_or_none():
             passes.install(config)  # the worker's config, which its compiler reads when the model is whole
+            kv.check(config)
         if isinstance(layer, LinearBase):
             modules = self.modules_of(prefix)
             return methods.GlqLinearMethod(modules) if modules else UnquantizedLinearMethod()

@@ -48,9 +48,19 @@ def __getattr__(name: str) -> Any:
 def wanted(config: Any) -> bool:
     """Whether a VllmConfig asks for the E8 KV cache. GlqError if it does by half."""
     chosen = config.attention_config.backend == AttentionBackendEnum.CUSTOM
-    if not chosen and any(name.startswith("glq_kv") for name in options_of(config)):
+    if not chosen and _asks(config):
         raise GlqError(f"additional_config asks for an E8 KV cache, --attention-backend does not: give {_EXAMPLE}")
     return chosen
+
+
+def check(config: Any) -> None:
+    """GlqError where options ask for an E8 KV cache that cannot be had: not every model asks for a backend of ours."""
+    if _asks(config) and wanted(config):
+        KvOptions.of(config)
+
+
+def _asks(config: Any) -> bool:
+    return any(name.startswith("glq_kv") for name in options_of(config))
 
 
 @dataclass(frozen=True)
