@@ -201,7 +201,8 @@ def test_every_block_of_prefill_has_a_unit(tokens, rows, cols):
 def test_products_of_warpgroups_keep_their_pipeline():
     """ptxas says so where it does not."""
     for name in ("trellis-1.5", "trellis-2.75", "trellis-3.25", "trellis-4"):
-        shapes = [s for s in BATCH_SHAPES if s.wk < 4 or s.shared_by > 1 or TRELLISES[name].signed_lookup]
+        spills = [] if TRELLISES[name].signed_lookup else [cuda_batch.Shape(32, 1, 1, 4)]  # which no plan takes then
+        shapes = [shape for shape in BATCH_SHAPES if shape not in spills]
         plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
         for plan in (*plans, cuda_prefill.fill(TRELLISES[name], torch.float16, torch.float16, cuda_prefill.SHAPE)):
             assert plan.shared <= 227 * 1024

@@ -1,6 +1,7 @@
 """The product over experts on an NVIDIA GPU: launches ops/experts.cu, for trellis codes."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class Plan:
         segments = 16 + (8 if self.sorted else 4 + 2 * self.at_once) * self.limit(task)
         return segments if self.sorted else segments + 4 * (task.pairs + task.experts)
 
-    @property
+    @cached_property
     def source(self) -> nvrtc.Source:
         defined = macros(
             self.codec,
@@ -120,6 +121,7 @@ class Plan:
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), defined)
 
 
+@lru_cache(4096)
 def make_plan(
     codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task, block: int, gpu: nvrtc.Launcher
 ) -> Plan:

@@ -1,6 +1,7 @@
 """The product over experts with many pairs on a Hopper GPU: launches ops/route.cu and ops/prefill.cu, for trellises."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def takes(experts: int, block: int, pairs: int, gpu: nvrtc.Launcher) -> bool:
     return gpu.arch == ARCH and experts <= _MOST_EXPERTS and by_warps(block) and pairs >= _FEW * experts
 
 
+@lru_cache(4096)
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, average: float, gpu: nvrtc.Launcher) -> Plan:
     """average: pairs an expert."""
     shape = Shape(next((tokens for most, tokens in _TILES.items() if average <= most), 128), 2, 12)

@@ -12,7 +12,7 @@ struct Output {
   }
   // By a warp, some time before it asks for them: they come from far.
   __device__ __forceinline__ void request_scales(int row, int matrix = 0) const {
-    if (row < rows && threadIdx.x % 32 == 0) request_to_l2((const u8*)scale + ((size_t)matrix * rows + row) * (SCALE == 32 ? 4 : 2));
+    if (row < rows && threadIdx.x % 32 == 0) request_to_l2((const u8*)scale + ((size_t)matrix * rows + row) * SCALE_BYTES);
   }
   // Which token of y one is, or −1.
   __device__ __forceinline__ int place(int token) const { return pairs ? __ldg(pairs + token) : token < tokens ? token : -1; }

@@ -105,11 +105,11 @@ __device__ __forceinline__ u32 state_of(const u32* r, const u32* ends, int s, in
   const u32 w = ends[e / 2] >> over;
   return prmt(w, w, 0x1010);
 }
+static constexpr int SCALE_BYTES = SCALE == 32 ? 4 : 2;
 // The scales of rows first … first + count − 1 into the L2 cache: who needs them at its end would wait for memory then. By the threads of a block.
 __device__ __forceinline__ void request_scales(const void* scale, int first, int count) {
-  constexpr int BYTES = SCALE == 32 ? 4 : 2;
-  const u8* const from = (const u8*)scale + (size_t)first * BYTES;
-  const int end = count * BYTES + (u32)(size_t)from % 128;  // from the line that the first is in
+  const u8* const from = (const u8*)scale + (size_t)first * SCALE_BYTES;
+  const int end = count * SCALE_BYTES + (u32)(size_t)from % 128;  // from the line that the first is in
   for (int i = 128 * threadIdx.x; i < end; i += 128 * blockDim.x) request_to_l2((const u8*)((size_t)from & ~(size_t)127) + i);
 }
 // A row's scale.
