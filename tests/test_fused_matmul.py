@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from glq.codecs import get_codec
 from glq.ops import cuda_decode
+from glq.ops.cuda_combine import combine
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul, try_out
 from glq.ops.inputs import NORM, SILU, norm_of, plain, silu_of
@@ -115,6 +116,32 @@ def test_how_many_tokens_are_made():
     assert [makes_input(tokens, 2048, hopper) for tokens in (1, 64, 65, 256, 257)] == [True, True, True, True, False]
     assert [makes_input(tokens, 2048, other) for tokens in (1, 64, 65)] == [True, True, False]
     assert not makes_input(1, 96, hopper)
+
+
+@emulated
+@pytest.mark.parametrize("kind", [SILU, NORM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cols", [8, 2056, 4096])
+def test_what_no_rotation_makes(kind, dtype, cols):
+    a, b = halves(3, cols, dtype)
+    weight = torch.randn(cols).to(dtype)
+    x = made(kind, a, b, weight)
+    y, of_torch = combine(x, Emulator(1)), plain_x(kind, a, b, weight)
+    exact = plain_x(kind, a.double(), b.double(), weight.double()) if kind == SILU else None
+    if kind == SILU:
+        assert (y.double() - exact).norm() <= (of_torch.double() - exact).norm()  # rounded once
+    else:
+        assert (y.float() - of_torch.float()).norm() < (
+            1e-3 if dtype == torch.float16 else 4e-3
+        ) * of_torch.float().norm()
+        assert torch.equal(x.total, a + b)
+
+
+@emulated
+@pytest.mark.parametrize(("tokens", "cols", "block"), [(2, 192, 192), (257, 256, 256)])
+@pytest.mark.parametrize("kind", [SILU, NORM])
+def test_products_of_it(kind, tokens, cols, block):
+    check(kind, "trellis-3", tokens, 64, cols, block, torch.float16, Emulator(2))
 
 
 @emulated

@@ -8,7 +8,7 @@ import torch
 
 from glq.ops import experts as experts_ops
 from glq.ops.inputs import norm_of, plain, silu_of
-from glq.ops.matmul import cuda_product, makes_input
+from glq.ops.matmul import cuda_product
 from glq.ops.prepare import kernel_pairs, prepare, run_all
 from glq.packed import PackedExperts, PackedLinear, packed_shapes
 from glq.rotation import block_width
@@ -56,8 +56,7 @@ def test_no_number_of_tokens_needs_another_kernel(codec, rows, cols, arch, kilob
         rows // 5 + 1,
     }:
         x = torch.empty(tokens, cols, dtype=torch.bfloat16, device="meta")
-        made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if makes_input(tokens, w.block, gpu) else []
-        for one in (plain(x), *made):
+        for one in (plain(x), silu_of(x, x), norm_of(x, x, x[0], 1e-5)):
             cuda_product(one, w, gpu)
             assert gpu.loaded <= ahead, tokens
 

@@ -18,31 +18,26 @@ static constexpr int STAGE_BYTES = TOKENS * 128;
 
 // ---- x ----
 
-struct Barriers {
-  u64 full[STAGES], empty[STAGES];
-};
-static constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : 1;  // stages lie where the table has none of its entries
+// Stages lie after the table, or where it has none of its entries. Where is known to the compiler, as is where shared memory begins (tiles.cuh).
+static constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : STAGES;
 static constexpr int BARRIERS_AT = SPREAD ? 6 * HOLE - 256 : TABLE_BYTES + STAGES * STAGE_BYTES;
+static_assert(WK <= STAGES, "a step goes round the ring once at most");
 static_assert(!SPREAD || STAGES * STAGE_BYTES + 256 <= 3 * HOLE, "the holes have room");
 
-struct Ring {
-  u8* memory;
-  Barriers* barriers;
-
-  __device__ __forceinline__ u8* at(int stage) const {
-    return memory + (SPREAD ? (2 * (stage / IN_HOLE) + 1) * HOLE + stage % IN_HOLE * STAGE_BYTES : TABLE_BYTES + stage * STAGE_BYTES);
-  }
-};
+__device__ __forceinline__ u32 stage_at(u32 stage) {
+  return TABLE_AT + (SPREAD ? (2 * (stage / IN_HOLE) + 1) * HOLE : TABLE_BYTES) + stage % IN_HOLE * STAGE_BYTES;
+}
+__device__ __forceinline__ u64* full(u32 stage) { return in_shared<u64>(TABLE_AT + BARRIERS_AT + 8 * stage); }
+__device__ __forceinline__ u64* empty(u32 stage) { return full(stage) + STAGES; }
 // A stage, and how often the ring went round.
 struct Place {
-  int stage, parity;
+  u32 stage, parity;
 
-  __device__ __forceinline__ void advance(int by) {
+  __device__ __forceinline__ void advance(u32 by) {
     stage += by;
     if (stage >= STAGES) stage -= STAGES, parity ^= 1;
   }
 };
-static_assert(WK <= STAGES, "a step goes round once at most");
 
 // x of a block's units.
 struct Source {
@@ -50,8 +45,8 @@ struct Source {
   size_t stride;  // from one unit to the next
   int units;
 
-  __device__ __forceinline__ void bring(const Ring& ring, int unit, int stage) const {  // by one thread
-    if (unit < units) copy_bulk(ring.at(stage), x + unit * stride, STAGE_BYTES, ring.barriers->full + stage);
+  __device__ __forceinline__ void bring(int unit, u32 stage) const {  // by one thread
+    if (unit < units) copy_bulk(in_shared<u8>(stage_at(stage)), x + unit * stride, STAGE_BYTES, full(stage));
   }
 };
 
@@ -79,40 +74,42 @@ __device__ __forceinline__ void decode(u32 (*a)[4], const u32* r, int s, int par
     else decode_part<3 % SHARED_BY>(a, r, s, copy);
   }
 }
-// Codes of a tile into the L2 cache, by the first of the warps that have it.
-__device__ __forceinline__ void request_far(const u8* tile, int part) {
-  const int lane = threadIdx.x % 32;
-  if (part == 0 && lane < TILE_BYTES / 128) request_to_l2(tile + 128 * lane);
-}
+// Whether a lane requests codes of a tile into the L2 cache, 128 bytes, for the warps that have it together.
+__device__ __forceinline__ bool requests_far(int part, int lane) { return part == 0 && lane < TILE_BYTES / 128; }
 // acc = a warp's rows · x over its units: of the block's, every WK-th from `unit` on. r: codes of the first one.
-__device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r, const u8* tile, int unit, const Ring& ring, const Source& source, int part, bool brings) {
+__device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r, const u8* tile, int unit, const Source& source, int part, bool brings) {
   const int lane = threadIdx.x % 32;
   const u32 copy = own_copy();
+  const bool requests = requests_far(part, lane);
+  const u8* mine = tile + 16 * lane;
   u32 a[2][PRODUCTS][4];
-  Place place{unit, 0}, before{-1, 0};
+  Place place{(u32)unit, 0}, before{0, 0};
+  bool later = false;  // than its first
   #pragma unroll 1
   for (; unit < source.units; unit += WK) {
-    tile += WK * TILE_BYTES;
+    mine += WK * TILE_BYTES;
+    hold(mine);
     const bool more = unit + WK < source.units;
-    const u32 b = shared_address(ring.at(place.stage));
-    if (unit + (FAR + 1) * WK < source.units) request_far(tile + FAR * WK * TILE_BYTES, part);
+    const u32 b = stage_at(place.stage);
+    if (requests && unit + (FAR + 1) * WK < source.units) request_to_l2(mine + FAR * WK * TILE_BYTES + 112 * lane);
     #pragma unroll
     for (int s = 0; s < 4; ++s) {
       decode(a[s % 2], r, s, part, copy);
-      if (more) load_used(r, tile, lane, s);
-      if (s == 0) await(ring.barriers->full + place.stage, place.parity);
-      if (s == 2 && brings && before.stage >= 0 && unit - WK + STAGES < source.units) {
-        await(ring.barriers->empty + before.stage, before.parity);
-        source.bring(ring, unit - WK + STAGES, before.stage);
+      if (more) load_used(r, mine - 16 * lane, lane, s);
+      if (s == 0) await(full(place.stage), place.parity);
+      if (s == 2 && brings && later && unit - WK + STAGES < source.units) {
+        await(empty(before.stage), before.parity);
+        source.bring(unit - WK + STAGES, before.stage);
       }
       await_products<0>();
-      if (s == 0 && before.stage >= 0 && lane == 0) arrive(ring.barriers->empty + before.stage);
+      if (s == 0 && later && lane == 0) arrive(empty(before.stage));
       __syncwarp();
       begin_products();
       #pragma unroll
       for (int m = 0; m < PRODUCTS; ++m) multiply(acc[m], a[s % 2][m], describe(b, 16 * s));
       commit_products();
     }
+    later = true;
     before = place;
     place.advance(WK);
   }
@@ -168,17 +165,17 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   const int begin = col_tiles * rank / parts;
   const int part = warp % SHARED_BY, own_tile = min(row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY, row_tiles - 1);
   const bool brings = lane == 0 && warp % 4 == 0 && wr == 0;
-  const Ring ring{memory, (Barriers*)(memory + BARRIERS_AT)};
   const Source source{x + ((size_t)begin * padded + token) * 64, (size_t)padded * 64, col_tiles * (rank + 1) / parts - begin};
   const u8* const first = codes + ((size_t)own_tile * col_tiles + begin + wk) * TILE_BYTES;
   u32 r[REGS];
   if (wk < source.units) load_codes(r, first, lane);
-  #pragma unroll 1
-  for (int i = 1; i <= FAR && wk + i * WK < source.units; ++i) request_far(first + i * WK * TILE_BYTES, part);
+  if (requests_far(part, lane))
+    #pragma unroll 1
+    for (int i = 1; i <= FAR && wk + i * WK < source.units; ++i) request_to_l2(first + i * WK * TILE_BYTES + 128 * lane);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      init_barrier(ring.barriers->full + i, 1);
-      init_barrier(ring.barriers->empty + i, 4 * WR);
+      init_barrier(full(i), 1);
+      init_barrier(empty(i), 4 * WR);
     }
     publish_barriers();
   }
@@ -186,13 +183,13 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   __syncthreads();
   wait_for_previous();  // which may have rotated x, and use y and what is handed over
   if (brings)
-    for (int unit = wk; unit < STAGES; unit += WK) source.bring(ring, unit, unit);
+    for (int unit = wk; unit < STAGES; unit += WK) source.bring(unit, unit);
   const int own_row = row_tile * 64 + threadIdx.x;  // asked for now, since it comes from far
   const float own_scale = threadIdx.x < ROWS && own_row < rows ? load_scale(scale, own_row) : 0;
   float acc[PRODUCTS][TOKENS / 2];
   #pragma unroll
   for (int i = 0; i < PRODUCTS * TOKENS / 2; ++i) (&acc[0][0])[i] = 0;
-  multiply_units(acc, r, first, wk, ring, source, part, brings);
+  multiply_units(acc, r, first, wk, source, part, brings);
   __syncthreads();  // nobody looks up any more: sums lie where the table was
   float4* const sums = (float4*)memory;
   float* const scales = (float*)(memory + SUMS_BYTES);

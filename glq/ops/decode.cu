@@ -9,30 +9,6 @@
 // Threads beside these that registers are left for: those of the next rotation, which can start early.
 static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK ? 32 : 0;
 
-// A warp's tiles, unit after unit.
-struct Cursor {
-  const u8* tile;
-  int row, col, left;  // units until the end of the run
-
-  __device__ Cursor(const Work& work, const u8* codes, int unit, int end, int wr, int wk)
-      : row(unit / work.per_row * WR + wr), col(unit % work.per_row * WK + wk), left(end - unit) {
-    tile = codes + (size_t)(row * work.col_tiles + col) * TILE_BYTES;
-  }
-  __device__ __forceinline__ bool is_tile(const Work& work) const {
-    return left > 0 && row < work.row_tiles && col < work.col_tiles;
-  }
-  __device__ __forceinline__ void advance(const Work& work) {
-    --left;
-    col += WK;
-    tile += WK * TILE_BYTES;
-    if (col < work.per_row * WK) return;
-    const int skipped = work.per_row * WK - work.col_tiles;  // tiles that the last unit of a row lacks
-    col -= work.per_row * WK;
-    row += WR;
-    tile += (long long)((WR - 1) * work.col_tiles - skipped) * TILE_BYTES;
-  }
-};
-
 // ---- x ----
 
 // By the whole block; counted as one group.
@@ -58,31 +34,43 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums; scratch of the rotation
   u8* const xs = SPREAD ? memory + 3 * HOLE : (u8*)(sums + max(WARPS * min(tokens, 8) * 64, SCRATCH));
 
-  Cursor ahead(work, codes, begin, end, wr, wk);
-  u32 now[REGS];
-  bool is_tile = ahead.is_tile(work);
-  if (is_tile) load_codes(now, ahead.tile, lane);
-  ahead.advance(work);
-  Cursor far = ahead;
-  auto request_far = [&] {
-    if (FAR && far.is_tile(work) && lane < TILE_BYTES / 128) request_to_l2(far.tile + 128 * lane);
-    far.advance(work);
+  // A warp's tiles, unit after unit, one unit ahead of its products: `at` is this lane's share of the codes, `next` the unit's number in its row.
+  const int per_row = work.per_row, own_cols = (col_tiles - wk + WK - 1) / WK;           // units of a row of which the warp has a tile
+  const int own_end = min(end, (row_tiles - wr + WR - 1) / WR * per_row);                // beyond it the warp has no rows
+  const long long jump = (long long)(WR * col_tiles - per_row * WK) * TILE_BYTES;        // to the next rows
+  auto has = [&](int unit, int ku) { return unit < own_end && ku < own_cols; };
+  int group = begin / per_row, ku = begin - group * per_row, next = ku;
+  const u8* at = codes + ((size_t)(group * WR + wr) * col_tiles + ku * WK + wk) * TILE_BYTES + 16 * lane;
+  auto step = [&] {
+    at += WK * TILE_BYTES;
+    if (++next == per_row) next = 0, at += jump;
+    hold(at);
   };
+  auto request_far = [&](int unit, int distance) {  // which is so many units beyond `at`
+    int far = next + distance;
+    const long long over = far >= per_row ? jump : 0;
+    if (far >= per_row) far -= per_row;
+    if (lane < TILE_BYTES / 128 && has(unit, far)) request_to_l2(at + distance * WK * TILE_BYTES + over + 112 * lane);
+  };
+  u32 now[REGS];
+  bool is_tile = has(begin, ku);
+  if (is_tile) load_codes(now, at - 16 * lane, lane);
+  step();
   #pragma unroll 1
-  for (int i = 0; i < FAR; ++i) request_far();
+  for (int i = 0; i < FAR; ++i) request_far(begin + 1 + i, i);
   fill_table(memory, table, THREADS);
-  int group = begin / work.per_row, ku = begin - group * work.per_row;
-  const int head = group, shared_from = work.owner(head * work.per_row);  // the first block that has a part of the head
-  if (NT == 1) request_scales(scale, head * ROWS, min(((end - 1) / work.per_row + 1) * ROWS, rows) - head * ROWS);
+  const int head = group, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
+  if (NT == 1) request_scales(scale, head * ROWS, min(((end - 1) / per_row + 1) * ROWS, rows) - head * ROWS);
 #if BLOCK
   rotate_for(work, begin, end, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols);
 #else
   wait_for_previous();
   const int next_stage = SPREAD ? 2 * HOLE : WK * held * X_STRIDE * 2;
-  auto stage = [&](int unit, int col) {  // x of a unit on its way to shared memory
-    copy_async(xs + (unit - begin) % 2 * next_stage, (const u8*)x + (size_t)col * held * X_STRIDE * 2, min(WK, col_tiles - col) * held * X_STRIDE * 2);
+  auto stage = [&](int ku, int to) {  // x of a unit on its way to shared memory
+    copy_async(xs + to, (const u8*)x + (size_t)(ku * WK) * held * X_STRIDE * 2, min(WK, col_tiles - ku * WK) * held * X_STRIDE * 2);
   };
-  stage(begin, ku * WK);
+  stage(ku, 0);
+  int from = 0;  // where the unit's x lies
   __syncthreads();  // the table
 #endif
   const u32 copy = own_copy();
@@ -92,23 +80,32 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
 
   bool later = false;
   for (int unit = begin; unit < end; ++group, ku = 0) {
-    for (const int stop = min(end, unit - ku + work.per_row); unit < stop; ++unit, ++ku) {
+    const int row_end = unit - ku + per_row, stop = min(end, row_end);
 #if BLOCK
-      const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;
+    u32 own_x = shared_address(xs) + 128 * (ku * WK + wk) + 32 * t;
+#else
+    const u32 own_x = shared_address(xs) + (wk * held + min(g, held - 1)) * X_STRIDE * 2 + 32 * t;
+#endif
+    #pragma unroll 1
+    for (; unit < stop; ++unit) {
+#if BLOCK
+      const u16* const mine = in_shared<u16>(own_x);
+      own_x += 128 * WK;
 #else
       wait_async();
       __syncthreads();
-      if (unit + 1 < end) stage(unit + 1, (ku + 1 < work.per_row ? ku + 1 : 0) * WK);
-      const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * next_stage) + (wk * held + min(g, held - 1)) * X_STRIDE + 16 * t;
+      if (unit + 1 < end) stage(next, next_stage - from);
+      const u16* const mine = in_shared<u16>(own_x + from);
+      from = next_stage - from;
 #endif
-      const bool more = ahead.is_tile(work);
-      if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, ahead.tile, lane, s); });
-      else if (more) load_codes(now, ahead.tile, lane);
+      const bool more = has(unit + 1, next);
+      if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, at - 16 * lane, lane, s); });
+      else if (more) load_codes(now, at - 16 * lane, lane);
       is_tile = more;
-      ahead.advance(work);
-      if (FAR) request_far();
+      if (FAR) request_far(unit + 1 + FAR, FAR);
+      step();
     }
-    const bool ends = ku == work.per_row, begins = group > head || shared_from == blockIdx.x;
+    const bool ends = stop == row_end, begins = group > head || shared_from == blockIdx.x;
     later |= ends && !begins;
     const Scales scales(scale, 0, group * ROWS, rows);
     take_sums(acc, sums, tokens, warp, [&](int token, int row, float4 sum) {

@@ -11,8 +11,9 @@ from torch.nn.functional import rms_norm, silu
 
 from glq import nvrtc
 from glq.custom_op import custom_op, register_fake
+from glq.ops import cuda_combine, cuda_rotate
 from glq.ops.inputs import Input, norm_of, silu_of
-from glq.ops.matmul import compare, cuda_product, has_cuda_kernel, makes_input, matmul, matmul_reference
+from glq.ops.matmul import compare, cuda_product, has_cuda_kernel, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes
 
 
@@ -21,7 +22,7 @@ def silu_matmul(
     gate: Tensor, up: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
 ) -> Tensor:
     """matmul of silu(gate) · up, both [..., in]; the rest as in ops.matmul."""
-    if not _is_made(gate, codec, block):
+    if not _is_made(gate, codec):
         return matmul(silu(gate) * up, codes, scale, signs, codec, out_features, block)
     x = silu_of(gate.flatten(0, -2), up.flatten(0, -2))
     return _product(x, codes, scale, signs, codec, out_features, block).view(*gate.shape[:-1], out_features)
@@ -51,7 +52,7 @@ def norm_matmul(
 
     weight [in] is in x's dtype.
     """
-    if not _is_made(x, codec, block):
+    if not _is_made(x, codec):
         total = x + residual
         return matmul(normed(total, weight, eps), codes, scale, signs, codec, out_features, block), total
     made = norm_of(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
@@ -80,11 +81,10 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def _is_made(x: Tensor, codec: str, block: int) -> bool:
-    """Whether kernels make x while they rotate it."""
-    if not x.is_cuda or x.ndim == 1 or not has_cuda_kernel(x, codec):
-        return False
-    return makes_input(x.shape[:-1].numel(), block, nvrtc.gpu(x.device)) and _works(x.device)
+def _is_made(x: Tensor, codec: str) -> bool:
+    """Whether kernels make x, while they rotate it or before."""
+    made = x.is_cuda and x.ndim > 1 and cuda_combine.takes(x.shape[-1]) and has_cuda_kernel(x, codec)
+    return made and _works(x.device)
 
 
 @cache
@@ -107,7 +107,7 @@ def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.devi
     signs = torch.full((32,), 0x5A, dtype=torch.uint8, device=device)
     given = ("trellis-2", 128, 256)
     weight = torch.linspace(-1, 1, 256, device=device).half()
-    for tokens in (1, 3):
+    for tokens in (1, 3, cuda_rotate.FEW + 1):
         a, b = (torch.linspace(-3, end, tokens * 256, device=device).half().view(-1, 256) for end in (2, 5))
         norm = norm_of(a, b, weight, 1e-5)
         for made, x in ((silu_of(a, b), silu(a) * b), (norm, normed(a + b, weight, 1e-5))):

@@ -19,6 +19,9 @@ struct Eight {
 
   __device__ __forceinline__ void request_constants(const Input& input, const u8* signs, int col) {
     negative = signs[col / 8];
+    request_weight(input, col);
+  }
+  __device__ __forceinline__ void request_weight(const Input& input, int col) {
     if (INPUT == NORM) weight = *(const uint4*)(input.weight + col);
   }
   __device__ __forceinline__ void request(const Input& input, int col) {

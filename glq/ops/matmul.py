@@ -15,8 +15,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
-from glq.ops.cuda_rotate import makes
+from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
 from glq.ops.inputs import PLAIN, Input, plain
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -124,13 +123,15 @@ def compare(y: Tensor, expected: Tensor, tokens: int) -> None:
 
 
 def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
-    """Whether cuda_product takes so many tokens of an x that is still to be made."""
-    return makes(block, tokens) and (gpu.arch == cuda_prefill.ARCH or tokens <= _DECODED)
+    """Whether so many tokens of an x that is not plain are made while they are rotated, at no launch of their own."""
+    return cuda_rotate.makes(block, tokens) and (gpu.arch == cuda_prefill.ARCH or tokens <= _DECODED)
 
 
 def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
-    """By the kernel that is fastest for so many tokens x [tokens, in]."""
+    """By the kernel that is fastest for so many tokens x [tokens, in]; `in` is a multiple of 8 if x is not plain."""
     tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
+    if x.kind != PLAIN and not makes_input(tokens, weight.block, gpu):
+        x = plain(cuda_combine.combine(x, gpu))
     if tokens <= (_FEW if hopper else _DECODED):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)

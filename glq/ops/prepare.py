@@ -7,10 +7,10 @@ import torch
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops import cuda_experts, cuda_experts_prefill, cuda_prefill, cuda_rotate
+from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_prefill, cuda_rotate
 from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
-from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens, makes_input
+from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens
 from glq.packed import PACKED_DTYPES, PackedExperts, PackedLinear, packed_shapes
 
 
@@ -35,7 +35,7 @@ def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Laun
     """A product by each kernel that up to `most` tokens take, with every kind of x."""
     for tokens in (t for t in kernel_tokens(weight.out_features) if t <= most):
         x = torch.zeros(tokens, weight.in_features, dtype=dtype, device=weight.codes.device)
-        made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if makes_input(tokens, weight.block, gpu) else []
+        made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if cuda_combine.takes(weight.in_features) else []
         for one in (plain(x), *made):
             cuda_product(one, weight, gpu)
 

@@ -16,9 +16,13 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instr
   return r;
 }
 
+// The compiler shall keep v, instead of making it anew from what it was made of.
+template <typename T> __device__ __forceinline__ void hold(T*& v) { asm volatile("" : "+l"(v)); }
+
 // ---- memory ----
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+template <typename T> __device__ __forceinline__ T* in_shared(u32 at) { return (T*)__cvta_shared_to_generic(at); }
 __device__ __forceinline__ u32 load_shared(u32 at) { return *(const u32*)__cvta_shared_to_generic(at); }
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }

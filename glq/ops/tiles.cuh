@@ -90,9 +90,9 @@ __device__ __forceinline__ u32 twice(const u32* r, int at) {
 __device__ __forceinline__ void ends_of(u32* ends, const u32* r, int s) {
   #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int begin = CODE_BITS * (2 * s + i);
-    const u32 next = __shfl_sync(~0u, bits16(r, begin), (threadIdx.x + 4) & 31);
-    ends[i] = prmt(bits16(r, begin + CODE_BITS - 16), next, 0x5410);
+    const int begin = CODE_BITS * (2 * s + i), last = begin + CODE_BITS - 16;
+    const u32 next = __shfl_sync(~0u, bits16(r, begin), threadIdx.x + 4);
+    ends[i] = last % 32 == 16 ? prmt(r[last / 32], next, 0x5432) : prmt(bits16(r, last), next, 0x5410);
   }
 }
 // The state of register e of the fragment of rows 16m … 16m + 15 in step s: in the low half, and where its signs lie apart

@@ -28,7 +28,8 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes,
 
 // Of rows of 64 values, one after the other, whose chunks of 16 bytes are swizzled; `at` is aligned to 1,024 bytes. k: first column.
 __device__ __forceinline__ u64 describe(u32 at, int k) {
-  return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (at + 2 * k) >> 4;
+  const u32 low = (at + 2 * k) / 16 + (1 << 16);  // 32 bits that depend on something
+  return (u64)(1 << 30 | 1024 >> 4) << 32 | low;
 }
 // What threads wrote into shared memory before a barrier that this thread waited for, is there for its products. (Those who
 // wrote could do so, too, but would wait for whatever else they have requested from memory.)

@@ -79,7 +79,7 @@ static u32 __shfl_sync(u32, u32 v, int from) {
   auto& shown = exchange[current / 32];
   shown[current % 32][0] = v;
   sync_warp();
-  const u32 r = shown[from][0];
+  const u32 r = shown[from & 31][0];
   sync_warp();
   return r;
 }
@@ -128,6 +128,8 @@ static u32 __byte_perm(u32 a, u32 b, u32 s) { return prmt(a, b, s); }
 static int uniform(int v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
+template <typename T> static T* in_shared(u32 at) { return (T*)(dynamic_shared + at); }
+template <typename T> static void hold(T*&) {}
 static u32 load_shared(u32 at) {
   if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
   return *(u32*)(dynamic_shared + at);
