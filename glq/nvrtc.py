@@ -5,7 +5,7 @@ import io
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,13 @@ class Source:
     macros: tuple[tuple[str, int], ...]
     of_one_arch: bool = False  # instructions that no other architecture has: sm_90a instead of sm_90
     text: str = ""  # code that follows the files
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # once: every launch looks for its kernel
+        return hash((self.files, self.macros, self.of_one_arch, self.text))
 
     def compile(self, arch: str) -> bytes:
         """A cubin for `arch` ("sm_90"); needs no GPU. GlqError if cuda-core is not installed."""
@@ -127,6 +134,7 @@ class Gpu:
         self._kernels: dict[tuple[Source, str], Any] = {}
         self._streams: dict[int, Any] = {}  # by handle
         self._shared: dict[tuple[Source, str], int] = {}  # bytes that a kernel may take for a block
+        self._ready = lru_cache(4096)(self._prepare)
         self.arenas = Arenas(device)
 
     def launch(
@@ -139,7 +147,7 @@ class Gpu:
         *arguments: Tensor | int | None,
     ) -> None:
         """As Launcher.launch. Outside of graphs a layer takes a dozen, so what can be kept from one to the next is."""
-        kernel, config = self._kernel(source, name, shared), _config(grid, block, shared, self.arch >= 90)
+        kernel, config = self._ready(source, name, grid, block, shared)
         values = [_int32(a) if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in arguments]
         if torch.cuda.current_device() == self._index:
             _core().launch(self._stream(), config, kernel, *values)
@@ -156,6 +164,13 @@ class Gpu:
         if handle not in self._streams:
             self._streams[handle] = _core().Stream.from_handle(handle)
         return self._streams[handle]
+
+    def _prepare(self, source: Source, name: str, grid: int | tuple[int, int], block: int, shared: int) -> Any:
+        """The kernel, and how it is launched."""
+        config = _core().LaunchConfig(
+            grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=self.arch >= 90
+        )
+        return self._kernel(source, name, shared), config
 
     def _kernel(self, source: Source, name: str, shared: int) -> Any:
         """Loaded once; how much shared memory it may take is raised where a launch needs more."""
@@ -193,13 +208,6 @@ def _core() -> Any:
     import cuda.core
 
     return cuda.core
-
-
-@lru_cache(4096)
-def _config(grid: int | tuple[int, int], block: int, shared: int, programmatic: bool) -> Any:
-    return _core().LaunchConfig(
-        grid=grid, block=block, shmem_size=shared, programmatic_stream_serialization=programmatic
-    )
 
 
 @lru_cache(4096)

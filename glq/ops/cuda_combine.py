@@ -1,4 +1,4 @@
-"""The x of a product before its rotation, silu(gate) · up or a normed sum, on an NVIDIA GPU: launches ops/combine.cu."""
+"""The x of a product that no rotation makes: silu(gate) · up, or a normed sum. Launches ops/combine.cu."""
 
 from functools import lru_cache
 

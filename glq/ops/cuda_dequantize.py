@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from glq import nvrtc
 from glq.codecs import get_codec
@@ -120,23 +121,30 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
-    rows = weight.out_features
-    own_basis = unrotates(weight.block) and len(x) >= own_basis_tokens(rows)
+    (tokens, in_features), rows = x.shape, weight.out_features
+    own_basis = unrotates(weight.block) and tokens >= own_basis_tokens(rows)
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
-    y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    step = max(1, AT_ONCE // x.shape[1] // 64) * 64
+    step = max(1, AT_ONCE // in_features // 64) * 64
+    if rows <= step:
+        return linear(x, _matrix(weight, own_basis, x.dtype, gpu))
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     for first in range(0, rows, step):
         part = _rows(weight, first, min(first + step, rows))
-        w = unrotate(part, x.dtype, gpu) if own_basis else decode_scaled(part, x.dtype, gpu)[: part.out_features]
-        torch.mm(x, w.T, out=y[:, first : first + step])
+        torch.mm(x, _matrix(part, own_basis, x.dtype, gpu).T, out=y[:, first : first + step])
     return y
+
+
+def _matrix(weight: PackedLinear, own_basis: bool, dtype: torch.dtype, gpu: nvrtc.Launcher) -> Tensor:
+    """[out, in], or as many columns as x has when it is rotated."""
+    if own_basis:
+        return unrotate(weight, dtype, gpu)
+    w = decode_scaled(weight, dtype, gpu)
+    return w if w.shape[0] == weight.out_features else w[: weight.out_features]
 
 
 def _rows(weight: PackedLinear, first: int, end: int) -> PackedLinear:
     """Some rows, of which `first` begins a tile."""
-    if end - first == weight.out_features:
-        return weight
     codes = weight.codes[first // 64 : -(-end // 64)]
     scale = weight.scale[first:end]
     return PackedLinear(weight.codec, end - first, weight.in_features, weight.block, codes, scale, weight.signs)

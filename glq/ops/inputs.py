@@ -36,7 +36,7 @@ class Input:
         return self.first.shape
 
     def __len__(self) -> int:
-        return len(self.first)
+        return self.first.shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
