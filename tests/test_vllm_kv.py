@@ -18,6 +18,7 @@ from glq import GlqCache, GlqError
 from glq.config import GlqConfig
 from glq.hf_integration import load
 from glq.kv.codec import kv_codec
+from glq.upstream.format import UpstreamConfig
 
 E8 = {"attention_backend": "CUSTOM", "additional_config": {"glq_kv_bits": 4}}
 REPEATABLE = {"attention_backend": "CUSTOM", "additional_config": {"glq_kv_bits": 4, "glq_kv_repeatable": True}}
@@ -285,13 +286,18 @@ def test_what_it_does_not_do_is_one_line(given, changes, match):
     ],
     ids=str,
 )
-def test_a_checkpoint_of_glq_checks_options_ahead_of_its_weights(given, changes, match, monkeypatch):
+@pytest.mark.parametrize("upstream", [False, True])
+def test_a_checkpoint_of_glq_checks_options_ahead_of_its_weights(upstream, given, changes, match, monkeypatch):
     from glq.vllm_integration import passes
     from glq.vllm_integration.config import GlqVllmConfig
+    from glq.vllm_integration.upstream import UpstreamVllmConfig
 
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config(given, **changes))
     monkeypatch.setattr(passes, "install", lambda _: None)
     ours = GlqVllmConfig(GlqConfig({}, 4.0, glq.__version__))
+    if upstream:
+        ours = UpstreamVllmConfig(UpstreamConfig("e8p", "", {}))
+        ours.checkpoint = object()
     with pytest.raises(GlqError, match=match) if match else nullcontext():
         assert ours.get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
 

@@ -43,12 +43,16 @@ class UpstreamVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; vLLM's own for one that is not quantized."""
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from glq.vllm_integration import kv
         from glq.vllm_integration import upstream_methods as methods
 
+        if config := get_current_vllm_config_or_none():
+            kv.check(config)
         if self.checkpoint is None:
             raise GlqError("vLLM did not say where the checkpoint is: glq does not know this version")
         if isinstance(layer, LinearBase):
