@@ -43,16 +43,30 @@ def environment(processes: bool = False) -> dict[str, str]:
 def vllm(tmp_path):
     """Runs a job of vllm_job.py: its answer, or its output if it failed."""
 
-    def run(model, prompts=((0, 5, 9),), tokens=8, packed=False, as_on_gpu=False, count=False, lora=None, **llm):
+    def run(
+        model,
+        prompts=((0, 5, 9),),
+        tokens=8,
+        packed=False,
+        as_on_gpu=False,
+        count=False,
+        lora=None,
+        writes=False,
+        **llm,
+    ):
         llm = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8} | llm
         job = {"model": str(model), "llm": llm, "prompts": prompts, "tokens": tokens, "packed": packed}
-        job |= {"as_on_gpu": as_on_gpu, "count": count, "lora": lora and str(lora)}
+        job |= {"as_on_gpu": as_on_gpu, "count": count, "lora": lora and str(lora), "writes": writes and str(tmp_path)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         command = [sys.executable, JOB, tmp_path / "job.json", tmp_path / "answer.json"]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
         if done.returncode:
             return done.stdout + done.stderr
-        return json.loads((tmp_path / "answer.json").read_text())
+        answer = json.loads((tmp_path / "answer.json").read_text())
+        if writes:  # each rank has heads of its own
+            ranks = [torch.load(path) for path in sorted(tmp_path.glob("*.writes.pt"))]
+            answer["writes"] = [torch.cat(layer, -2) for layer in zip(*ranks, strict=True)]
+        return answer
 
     return run
 

@@ -131,7 +131,7 @@ def test_chunks_and_shared_pages_with_factors(gemma, vllm):  # noqa: F811
     """As transformers has it, and nearer to 16 bits than codes without factors are."""
     prompts = shared_prompts(40, 50, 60, 70)
     options = REPEATABLE | {"max_num_batched_tokens": 32, "block_size": 16, "max_model_len": 112}
-    answer = vllm(gemma, prompts, 24, disable_log_stats=False, **options)
+    answer = vllm(gemma, prompts, 24, disable_log_stats=False, writes=True, **options)
     model = load(gemma, device="cpu")
     apart, behind = differences(answer, model, prompts, lambda: GlqCache(4, model=model, centre=False))
     assert apart.max() < 1e-4

@@ -2,7 +2,8 @@
 
 A job: {"model", "llm": keywords of LLM, "prompts": [[token ids]], "tokens": new ones for each, "packed": whether to
 multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend there, too, "count":
-whether to count calls, "lora": a directory or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
+whether to count calls, "lora": a directory or nothing, "writes": a directory for what the KV cache is given
+(vllm_writes.py), or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
 "calls": {op of glq: how often it was called}, "metrics": {name: count} if kept, "kv_tokens": that fit}.
 """
 
@@ -23,7 +24,8 @@ def main(job):
         methods.decodes_once = lambda: False
     if job.get("as_on_gpu"):
         keep_own_backend()
-    llm = LLM(job["model"], **job["llm"])
+    extension = {"worker_extension_cls": "vllm_writes.Writes"} if job.get("writes") else {}
+    llm = LLM(job["model"], **job["llm"], **extension)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     params = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
     if job.get("lora"):
@@ -32,6 +34,8 @@ def main(job):
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu]) if job.get("count") else nullcontext() as profile:
         requests = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
+    if job.get("writes"):
+        llm.collective_rpc("save_writes", args=(job["writes"],))
     outputs = [request.outputs[0] for request in requests]
     tokens = [list(output.token_ids) for output in outputs]
     logprobs = [
