@@ -1,5 +1,9 @@
 """The trellis: what a state is, and that every search finds the path that the reference finds."""
 
+import subprocess
+import sys
+
+import numba
 import pytest
 import torch
 
@@ -57,6 +61,20 @@ def test_numba_finds_the_reference_path(name):
     codec = TRELLISES[name]
     values, x = state_values(codec, torch.device("cpu")), pairs(4) * torch.tensor([1.0, 3.0])
     assert torch.equal(search(x, values, codec.step_bits), viterbi.reference(x, values, codec.step_bits))
+
+
+def test_numba_takes_as_many_threads_as_pytorch_has_and_leaves_it_those():
+    """In a process of its own, since numba starts its threads once."""
+    code = """if True:
+        import numba, torch
+        from glq.codecs import get_codec
+        torch.set_num_threads({threads})
+        get_codec("trellis-2").encode(torch.zeros(1, 8, 16))
+        print(torch.get_num_threads(), numba.get_num_threads())
+    """
+    for threads in (1, numba.config.NUMBA_NUM_THREADS):
+        run = subprocess.run([sys.executable, "-c", code.format(threads=threads)], capture_output=True, text=True)
+        assert run.stdout.split() == [str(threads)] * 2, run.stderr
 
 
 @pytest.mark.parametrize("steps", [16, 33])

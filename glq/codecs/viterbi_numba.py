@@ -2,17 +2,23 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 _HUGE = np.float32(1e30)
 
 
 def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
-    """As viterbi.best_states, on the CPU."""
+    """As viterbi.best_states, on the CPU, by as many threads as PyTorch takes."""
     first, second = values.T.contiguous().numpy()
     walked = x.flip(1).contiguous().numpy()
-    states = _search(walked, first, second, (first * first + second * second) / 2, own[::-1])
+    threads = torch.get_num_threads()
+    try:
+        set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+        states = _search(walked, first, second, (first * first + second * second) / 2, own[::-1])
+    finally:
+        if torch.get_num_threads() != threads:  # numba, once it starts, has OpenMP take all processors, and so PyTorch
+            torch.set_num_threads(threads)
     return torch.from_numpy(states).long().flip(1)
 
 
