@@ -21,6 +21,10 @@ class Moments:
     drift: Tensor
     largest: float = 0.0  # |x̂|
 
+    @property
+    def nbytes(self) -> int:
+        return self.hessian.nbytes + self.drift.nbytes
+
     def to(self, device: torch.device) -> "Moments":
         return Moments(self.hessian.to(device), self.drift.to(device), self.largest)
 

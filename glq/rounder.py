@@ -85,6 +85,11 @@ class Matrix:
         """Of the time it takes: columns come one after the other, and few rows leave a GPU idle."""
         return self.moments.hessian.shape[0] * max(_FULL, sum(layer.out_features for layer in self.layers))
 
+    @property
+    def nbytes(self) -> int:
+        """Of weights and moments."""
+        return self.moments.nbytes + sum(layer.weight.nbytes for layer in self.layers)
+
     def to(self, device: torch.device) -> "Matrix":
         layers = [linear(layer.weight.to(device)) for layer in self.layers]
         return replace(self, layers=layers, moments=self.moments.to(device))

@@ -1,10 +1,10 @@
 """Work shared out to several devices: a thread each, the largest task first, results in the order of the tasks."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -12,37 +12,59 @@ import torch
 from glq.errors import GlqError
 
 T = TypeVar("T")
+_AS_LARGE = 0.9  # of the largest task
 
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """What `run` has done by one of the devices: `work` gets the number of the one."""
+    """What `run` has done by one of the devices: `work` gets the number of the one.
+
+    nbytes: what it is made of, which lies on the first device.
+    """
 
     size: float
     work: Callable[[int], T]
+    nbytes: int = 0
+
+
+class _Waiting(Generic[T]):
+    """Tasks that no device has taken yet."""
+
+    def __init__(self, tasks: Sequence[Task[T]]) -> None:
+        self._tasks, self._left, self._lock = tasks, set(range(len(tasks))), Lock()
+
+    def take(self, index: int) -> int | None:
+        """One of the largest, for a device: for the first one that which is most to copy, for others the least."""
+        with self._lock:
+            large = _AS_LARGE * max((self._tasks[i].size for i in self._left), default=0.0)
+            some = [i for i in sorted(self._left) if self._tasks[i].size >= large]
+            if not some:
+                return None
+            taken = (min if index else max)(some, key=lambda i: self._tasks[i].nbytes)
+            self._left.remove(taken)
+            return taken
+
+    def drop(self) -> None:
+        with self._lock:
+            self._left.clear()
 
 
 def run(devices: Sequence[torch.device], tasks: Sequence[Task[T]]) -> list[T]:
-    """Do all tasks. A device that is free takes the largest that is left; which one, no result may depend on.
+    """Do all tasks. A device that is free takes one of the largest that are left; no result may depend on which.
 
     What a task raises is raised here, and no task is begun after it.
     """
     if len(devices) == 1 or len(tasks) == 1:
         return [task.work(0) for task in tasks]
-    waiting = deque(sorted(range(len(tasks)), key=lambda i: -tasks[i].size))
-    done: dict[int, T] = {}
+    waiting, done = _Waiting(tasks), dict[int, T]()
 
     def work(index: int) -> None:
         with _current(devices[index]), torch.no_grad():  # both are each thread's own
-            while waiting:
-                try:
-                    i = waiting.popleft()
-                except IndexError:  # another thread took the last one
-                    return
+            while (i := waiting.take(index)) is not None:
                 try:
                     done[i] = tasks[i].work(index)
                 except BaseException:
-                    waiting.clear()
+                    waiting.drop()
                     raise
 
     with ThreadPoolExecutor(len(devices)) as pool:

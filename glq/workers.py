@@ -55,7 +55,7 @@ class Devices:
             with self._apart(index):
                 return outcome.to(self.device)
 
-        return spread.Task(matrix.size, work)
+        return spread.Task(matrix.size, work, matrix.nbytes)
 
     @contextmanager
     def _apart(self, index: int) -> Iterator[None]:

@@ -28,6 +28,24 @@ def test_results_come_in_the_order_of_the_tasks_and_the_largest_begins():
     assert [index for _, index in spread.run([cpu], [task(1), task(2)])] == [0, 0]
 
 
+def test_of_tasks_as_large_the_first_device_takes_what_is_most_to_copy():
+    """Whichever thread is first: each waits until both have one."""
+    taken = {}
+    for _ in range(20):
+        both = threading.Barrier(2, timeout=60)
+
+        def task(size, nbytes, both=both):
+            def work(index):
+                taken[nbytes] = index
+                both.wait()
+
+            return spread.Task(size, work, nbytes)
+
+        cpu = torch.device("cpu")
+        spread.run([cpu, cpu], [task(100, 10), task(99, 80), task(50, 1), task(49, 90)])
+        assert taken == {10: 1, 80: 0, 1: 1, 90: 0}
+
+
 def test_what_a_task_raises_is_raised_and_no_more_begin():
     begun = []
 
