@@ -11,7 +11,8 @@ have no pages left.
 glq has to be installed, not only on the path: vLLM finds the plugin by its entry point. Each kind of weights is served
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes, and how many bytes each rank holds, is checked
-before anything is timed. CUDA graphs are captured for the batches that are timed and a short prompt, and no others.
+before anything is timed. CUDA graphs are captured for the batches that are timed and for steps with short prompts, of
+up to 512 tokens, where vLLM's default ends, and no others.
 
 An engine takes two minutes to start. --meet FOLDER COUNT has the COUNT engines that meet in the folder, of this run and
 others, start at the same time and then be timed one after the other, with --kv-gib of memory for keys and values each.
@@ -169,8 +170,8 @@ def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[in
 
 
 def captured(args: argparse.Namespace) -> list[int]:
-    """Of the sizes up to 512 that vLLM captures by default, those that are timed."""
-    return sorted({*args.batch, args.prompt} if args.prompt <= 512 else args.batch)
+    """Of the sizes up to 512 that vLLM captures by default, those that are timed: prompts come one or more at once."""
+    return sorted({*args.batch, *range(args.prompt, 513, 16)})
 
 
 def check(llm: Any, expected: list[int] | None, args: argparse.Namespace) -> dict[str, Any]:
