@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
+from kv_reference import differences, logits_of
 from safetensors.torch import load_file, save_file
 from test_vllm import pytestmark as needs_vllm
 from test_vllm import vllm  # noqa: F401
-from test_vllm_kv import REPEATABLE, attention, config, differences, gemma, logits_of, shared_prompts  # noqa: F401
+from test_vllm_kv import REPEATABLE, attention, config, gemma, shared_prompts  # noqa: F401
 from transformers import DynamicCache
 
 import glq
