@@ -13,12 +13,10 @@ def search(x: Tensor, values: Tensor, own: tuple[int, int]) -> Tensor:
     first, second = values.T.contiguous().numpy()
     walked = x.flip(1).contiguous().numpy()
     threads = torch.get_num_threads()
-    try:
-        set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
-        states = _search(walked, first, second, (first * first + second * second) / 2, own[::-1])
-    finally:
-        if torch.get_num_threads() != threads:  # numba, once it starts, has OpenMP take all processors, and so PyTorch
-            torch.set_num_threads(threads)
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # numba, as it starts, has OpenMP take all processors, and so PyTorch
+        torch.set_num_threads(threads)
+    states = _search(walked, first, second, (first * first + second * second) / 2, own[::-1])
     return torch.from_numpy(states).long().flip(1)
 
 
