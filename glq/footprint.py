@@ -29,7 +29,7 @@ from glq.kv.cache import GlqCache, cache_keyword
 from glq.ops.cuda_dequantize import AT_ONCE as WEIGHTS_AT_ONCE
 from glq.ops.cuda_dequantize import own_basis_tokens, unrotates
 from glq.ops.embedding import ROWS_AT_ONCE, embedding_reference
-from glq.ops.matmul import MANY
+from glq.ops.matmul import DECODED
 from glq.packed import PACKED_DTYPES, packed_bytes, packed_shapes
 from glq.rotation import block_width
 from glq.source import SourceModel
@@ -263,12 +263,15 @@ class _Products:
 
 
 def _product(x: Tensor, rows: int) -> Tensor:
-    """y [..., rows], and memory that glq::matmul holds on the way: x rotated; with many tokens, weights in 16 bits."""
+    """y [..., rows], and memory that glq::matmul holds on the way: x rotated; with many tokens, weights in 16 bits.
+
+    As on any GPU but Hopper, which has kernels of its own for up to 2,048 tokens and holds less.
+    """
     tokens, cols = x.numel() // x.shape[-1], x.shape[-1]
-    own_basis = tokens >= max(MANY, own_basis_tokens(rows)) and unrotates(block_width(cols))
+    own_basis = tokens > DECODED and tokens >= own_basis_tokens(rows) and unrotates(block_width(cols))
     held = [] if own_basis else [x.new_empty(tokens, cols)]
     y = x.new_empty(*x.shape[:-1], rows)
-    if tokens >= MANY:
+    if tokens > DECODED:
         held.append(x.new_empty(min(rows * cols, max(WEIGHTS_AT_ONCE, 64 * cols))))
     return y
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.ops.cuda_prefill import ARCH as HOPPER
+from glq.ops.cuda_prompt import ARCH as HOPPER
 from glq.ops.inputs import plain
 from glq.ops.matmul import cuda_product, matmul_reference
 from glq.packed import PACKED_DTYPES, PackedLinear, packed_shapes
@@ -58,7 +58,7 @@ def kernels(device: torch.device) -> list[Kernel]:
     if nvrtc.available():
         hopper = nvrtc.gpu(device).arch == HOPPER
         own = [(1, "decode"), (8, "rotate + decode"), (32, "batch (wgmma)" if hopper else "rotate + decode")]
-        own += [(256, "prefill (wgmma)"), (4096, "unrotate + cuBLAS")] if hopper else [(256, "dequantize + cuBLAS")]
+        own += [(256, "prompt (wgmma)"), (4096, "unrotate + cuBLAS")] if hopper else [(256, "dequantize + cuBLAS")]
         found += [Kernel("CUDA C++", name, "trellis-4", tokens, _cuda) for tokens, name in own]
     for codec, tokens in (("trellis-4", 1), ("trellis-4", 32), ("nested-3", 1), ("e8-2", 1)):
         found.append(Kernel("Triton", "one token" if tokens == 1 else "tiles", codec, tokens, _triton))

@@ -14,12 +14,12 @@ from glq import nvrtc
 from glq.codecs import CODECS
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.inputs import NORM, PLAIN, SILU, plain
-from glq.ops.matmul import matmul_reference
+from glq.ops.matmul import MANY, matmul_reference
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -140,62 +140,48 @@ def test_batches_have_plans_for_every_matrix():
         assert plan.parts == 1 or plan.parts * plan.tiles(tokens, rows) <= 132
 
 
-def prefill_plan(name, tokens, warpgroups, blocks, dtype=torch.float16, copies=8, stages=3, decoders=8):
-    shape = cuda_prefill.Shape(tokens, warpgroups, decoders)
-    return cuda_prefill.Plan(TRELLISES[name], dtype, torch.float16, shape, copies, stages, blocks)
+PROMPT_SHAPES = [cuda_prompt.Shape(128, 2), cuda_prompt.Shape(256, 2)]
 
 
-def check_prefill(tokens, rows, cols, plan, block=41):
-    x, weight = problem(plan.codec.name, tokens, rows, cols, block, plan.dtype)
-    gpu = Emulator(2)
-    y = cuda_prefill.matmul(plain(x), weight, gpu, plan)
-    assert error(y, x, weight) < 2
+def check_prompt(name, tokens, rows, cols, shape, clusters, dtype=torch.float16, block=41):
+    x, weight = problem(name, tokens, rows, cols, block, dtype)
+    gpu = Emulator(2, resident=6)
+    plan = cuda_prompt.fill(TRELLISES[name], dtype, torch.float16, shape, clusters)
+    assert error(cuda_prompt.matmul(plain(x), weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
 @emulated
 @pytest.mark.parametrize("name", TRELLISES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_prefill_of_every_codec(name, dtype):
-    check_prefill(3, 200, 328, prefill_plan(name, 64, 2, 3, dtype))
+def test_prompt_of_every_codec(name, dtype):
+    check_prompt(name, 3, 200, 328, PROMPT_SHAPES[0], 2, dtype)
 
 
 @emulated
-@pytest.mark.parametrize("rows", [330, 129])
-@pytest.mark.parametrize(
-    ("tokens", "shape", "decoders"),
-    [
-        (1, (32, 2), 16),
-        (32, (32, 1), 4),
-        (1, (64, 4), 8),
-        (70, (64, 3), 4),
-        (130, (128, 2), 8),
-        (257, (128, 2), 12),
-    ],
-)
-def test_prefill_of_every_shape(rows, tokens, shape, decoders):
-    check_prefill(tokens, rows, 328, prefill_plan("trellis-3.75", *shape, 5, decoders=decoders))
+@pytest.mark.parametrize("rows", [129, 330, 512])  # odd, even, and whole tiles of y
+@pytest.mark.parametrize("shape", [*PROMPT_SHAPES, cuda_prompt.Shape(128, 1)])
+def test_prompt_of_every_shape(rows, shape):
+    check_prompt("trellis-3.75", shape.tokens + 9, rows, 328, shape, 3)
 
 
 @emulated
-def test_prefill_with_stages_in_the_holes_of_a_table():
-    check_prefill(40, 330, 328, prefill_plan("trellis-4", 32, 1, 5, copies=32, stages=6))
-    check_prefill(40, 330, 328, prefill_plan("trellis-4", 64, 2, 5, copies=32, stages=3))
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4, 7, 16])
+def test_prompt_shares_tiles(clusters):
+    """Runs that end within a tile, with it, and have several."""
+    check_prompt("trellis-4", 130, 330, 256, PROMPT_SHAPES[0], clusters, block=128)
 
 
-@emulated
-@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 18, 24])
-@pytest.mark.parametrize("stages", [2, 4])
-def test_prefill_shares_tiles(blocks, stages):
-    check_prefill(65, 330, 256, prefill_plan("trellis-2.25", 64, 2, blocks, stages=stages), 128)
-
-
-@pytest.mark.parametrize("tokens", [1, 33, 65, 1000])
+@pytest.mark.parametrize("tokens", [65, 129, 300, 2048])
 @pytest.mark.parametrize("rows", [1, 130, 4096, 28672])
 @pytest.mark.parametrize("cols", [64, 200, 14336])
-def test_every_block_of_prefill_has_a_unit(tokens, rows, cols):
-    plan = cuda_prefill.make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, tokens, rows, cols, 132)
-    assert 1 <= plan.blocks <= min(132, plan.tiles(tokens, rows) * -(-cols // 64))
+@pytest.mark.parametrize("multiprocessors", [1, 78, 132])
+def test_every_cluster_of_prompt_has_a_unit(tokens, rows, cols, multiprocessors):
+    weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
+    plan = cuda_prompt.make_plan(tokens, torch.float16, weight, multiprocessors)
+    assert plan.shape in PROMPT_SHAPES
+    assert 1 <= plan.clusters <= max(1, multiprocessors // 2)
+    assert plan.clusters <= plan.tiles(tokens, rows) * -(-cols // 64)
 
 
 def test_products_of_warpgroups_keep_their_pipeline():
@@ -204,18 +190,18 @@ def test_products_of_warpgroups_keep_their_pipeline():
         spills = [] if TRELLISES[name].signed_lookup else [cuda_batch.Shape(32, 1, 1, 4)]  # which no plan takes then
         shapes = [shape for shape in BATCH_SHAPES if shape not in spills]
         plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
-        for plan in (*plans, cuda_prefill.fill(TRELLISES[name], torch.float16, torch.float16, cuda_prefill.SHAPE)):
+        plans += [cuda_prompt.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in PROMPT_SHAPES]
+        for plan in plans:
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")
             assert "serialized" not in report
             assert spilled(report) == {0}
 
 
-def test_prefill_fills_the_gpu():
-    for tokens in (65, 100, 128, 200, 256, 512, 1000, 8192):
-        for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
-            plan = cuda_prefill.make_plan(TRELLISES["trellis-4"], torch.float16, torch.float16, tokens, rows, cols, 132)
-            assert plan.blocks >= 80
+def test_prompt_fills_the_gpu():
+    for tokens, rows, cols in product((65, 128, 200, 512, 2000), (1024, 4096, 14336), (4096, 14336)):
+        weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
+        assert cuda_prompt.make_plan(tokens, torch.float16, weight, 132).clusters >= 60
 
 
 @emulated
@@ -300,14 +286,14 @@ def test_rotation(block, layout, few, monkeypatch):
 
 
 def try_out(gpu):
-    tokens = (1, 16, 17, 129, 512)  # one for each kernel
+    tokens = (1, 16, 17, 129, MANY)  # one for each kernel
     op_module.try_out(
         lambda x, weight: op_module.cuda_product(plain(x), weight, gpu), torch.device("cpu"), "trellis-2", tokens
     )
 
 
 @emulated
-@pytest.mark.parametrize("module", [cuda_decode, cuda_batch, cuda_prefill, cuda_dequantize])
+@pytest.mark.parametrize("module", [cuda_decode, cuda_batch, cuda_prompt, cuda_dequantize])
 def test_the_first_use_checks_the_kernels(module, monkeypatch):
     try_out(Emulator(1))
     monkeypatch.setattr(module, "device_table", lambda *_: torch.zeros(1024, 2).half())
@@ -373,9 +359,9 @@ def test_many_tokens_on_a_gpu(name, dtype):
     for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
         for tokens in (65, 100, 128, 200, 513, 2000):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
-            y = cuda_prefill.matmul(plain(x), weight, gpu)
+            y = cuda_prompt.matmul(plain(x), weight, gpu)
             assert error(y, x, weight) < 2
-            assert torch.equal(y, cuda_prefill.matmul(plain(x), weight, gpu))
+            assert torch.equal(y, cuda_prompt.matmul(plain(x), weight, gpu))
         for tokens in (17, 40, 128):
             part = plain(x[:tokens])
             for shape in BATCH_SHAPES:

@@ -9,8 +9,7 @@ from emulator import Emulator
 from test_experts import TRELLISES, emulated, error, random_experts, routed
 
 from glq.ops import cuda_experts_prefill
-from glq.ops.cuda_experts_prefill import make_plan, matmul
-from glq.ops.cuda_prefill import Shape, fill
+from glq.ops.cuda_experts_prefill import Shape, fill, make_plan, matmul
 
 
 def check(weights, x, expert_of, top_k, gpu, plan):
@@ -24,7 +23,7 @@ def check(weights, x, expert_of, top_k, gpu, plan):
 
 def plan_of(name, tokens, blocks, dtype=torch.float16, stages=3):
     plan = fill(TRELLISES[name], dtype, torch.float16, Shape(tokens, 2, 8))
-    return replace(plan, blocks=blocks, experts=True, copies=8, stages=stages)
+    return replace(plan, blocks=blocks, copies=8, stages=stages)
 
 
 @emulated

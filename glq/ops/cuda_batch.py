@@ -82,7 +82,7 @@ class Plan:
 
 
 def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiprocessors: int) -> Plan | None:
-    """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prefill.cu was."""
+    """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
     codec = get_codec(weight.codec)
     assert isinstance(codec, Trellis)
     return _plan(tokens, dtype, codec, weight.scale.dtype, weight.out_features, weight.in_features, multiprocessors)

@@ -83,6 +83,11 @@ def own_basis_tokens(out_features: int) -> int:
     return -(-out_features // _ROW_SHARE)
 
 
+def in_own_basis(weight: PackedLinear, tokens: int) -> bool:
+    """Whether W is made in the model's basis for so many tokens."""
+    return unrotates(weight.block) and tokens >= own_basis_tokens(weight.out_features)
+
+
 @lru_cache(4096)
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, block: int, gpu: nvrtc.Launcher) -> UnrotatePlan:
     """Two buffers and many copies of the table where there is room: on Hopper; one and four on consumer GPUs."""
@@ -122,7 +127,7 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
     (tokens, in_features), rows = x.shape, weight.out_features
-    own_basis = unrotates(weight.block) and tokens >= own_basis_tokens(rows)
+    own_basis = in_own_basis(weight, tokens)
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
     step = max(1, AT_ONCE // in_features // 64) * 64

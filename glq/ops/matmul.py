@@ -15,15 +15,16 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prefill, cuda_rotate
+from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops.inputs import PLAIN, Input, plain
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
 # Measured on an H100: docs/benchmarks.md
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
-_DECODED = 64  # tokens up to which it is taken elsewhere
-MANY = 512  # tokens from which cuBLAS with a dequantized matrix is faster than both
+DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
+MANY = 2049  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
+_MANY_IN_OWN_BASIS = 1792  # … and where that is made in the model's basis, so that x is not rotated
 
 
 @custom_op("matmul")
@@ -74,9 +75,8 @@ def _nvrtc_works(device: torch.device) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        try_out(
-            lambda x, weight: cuda_product(plain(x), weight, gpu), device, "trellis-2", (1, _FEW, _FEW + 1, 129, MANY)
-        )
+        for codec, tokens in (("trellis-2", (1, _FEW, _FEW + 1, 129, MANY)), ("trellis-4", (129,))):
+            try_out(lambda x, weight: cuda_product(plain(x), weight, gpu), device, codec, tokens)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
         return False
@@ -124,26 +124,27 @@ def compare(y: Tensor, expected: Tensor, tokens: int) -> None:
 
 def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
     """Whether so many tokens of an x that is not plain are made while they are rotated, at no launch of their own."""
-    return cuda_rotate.makes(block, tokens) and (gpu.arch == cuda_prefill.ARCH or tokens <= _DECODED)
+    return cuda_rotate.makes(block, tokens) and (gpu.arch == cuda_prompt.ARCH or tokens <= DECODED)
 
 
 def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """By the kernel that is fastest for so many tokens x [tokens, in]; `in` is a multiple of 8 if x is not plain."""
-    tokens, hopper = len(x), gpu.arch == cuda_prefill.ARCH
+    tokens, hopper = len(x), gpu.arch == cuda_prompt.ARCH
     if x.kind != PLAIN and not makes_input(tokens, weight.block, gpu):
         x = plain(cuda_combine.combine(x, gpu))
-    if tokens <= (_FEW if hopper else _DECODED):
+    if tokens <= (_FEW if hopper else DECODED):
         done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
         return done[0] if len(done) == 1 else torch.cat(done)
-    if not hopper or tokens >= MANY:
+    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(weight, tokens) else MANY
+    if not hopper or tokens >= many:
         assert x.kind == PLAIN
         return cuda_dequantize.matmul(x.first, weight, gpu)
     batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
-    return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prefill.matmul(x, weight, gpu)
+    return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prompt.matmul(x, weight, gpu)
 
 
 def kernel_tokens(out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     many = cuda_dequantize.own_basis_tokens(out_features)
-    few = {*range(1, 9), *range(9, _DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    return sorted(few | {_DECODED + 1, 129, cuda_rotate.FEW + 1, MANY, max(MANY, many)})
+    few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
+    return sorted(few | {DECODED + 1, 129, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})

@@ -1,4 +1,4 @@
-// y = x Vᵀ · scale for many tokens on Hopper: some warps decode V into shared memory, warpgroups multiply what is there.
+// y = x Vᵀ · scale for experts with many pairs on Hopper: some warps decode V into shared memory, warpgroups multiply what is there.
 //
 // A tile of y is 64 rows a warpgroup × TOKENS tokens; a unit is one step of it, 64 columns. Units, tile after tile, are cut
 // into as many equal runs as there are blocks. A ring of STAGES holds units: a job of a decoding warp is 16 columns of 64
@@ -6,8 +6,8 @@
 // Where several blocks have units of one tile, the one with its first unit adds up what they have (exchange.cuh), always in
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
-// With experts, a tile's tokens are pairs of one of them, as route.cu has put them in order, and only the GPU knows how many tiles there are.
-// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES, EXPERTS (0 or 1).
+// A tile's tokens are pairs of one expert, as route.cu has put them in order, and only the GPU knows how many tiles there are.
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES.
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
@@ -30,9 +30,8 @@ struct Work {
   __device__ int row_groups() const { return (row_tiles + WARPGROUPS - 1) / WARPGROUPS; }
   __device__ int begin(int run) const { return (int)((long long)units * min(run, runs) / runs); }
   __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * runs - 1) / units); }
-  // Of a matrix, all tokens after each other have the same rows; of an expert, all rows the same tokens.
+  // All rows after each other have the same tokens.
   __device__ Tile tile(int n) const {
-    if (!EXPERTS) return {n / token_blocks * WARPGROUPS, n % token_blocks, 0};
     const int block = n / row_groups();
     return {n % row_groups() * WARPGROUPS, block, block < token_blocks ? experts[block] : 0};
   }
@@ -118,7 +117,6 @@ __device__ __forceinline__ void decode_run(const Work& work, const Ring& ring, c
     if (next.left > 0) step.load(r[i], next.codes(work, codes));
     next.advance(work);
   }
-  if (brings_x) wait_for_previous();
   Place place{0, 0};
   place.advance(n / 4 / WARPGROUPS);
   auto job = [&](u32* r) {  // whether there was one
@@ -235,15 +233,15 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
 }
 
 // x [column tiles][padded tokens][64], chunks of 16 bytes swizzled, columns in the order of place_of_step; codes, scale and y
-// as in decode.cu, of all experts. handed: [grid][SLOT] EMPTY, which it is again at the end. blocks, pairs: as route.cu writes them, or null.
+// as in decode.cu, of all experts. handed: [grid][SLOT] EMPTY, which it is again at the end. blocks, pairs: as route.cu writes them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed, const int* blocks, const int* pairs,
         int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
-  if (EXPERTS) wait_for_previous();  // which counts blocks
-  const Work work(row_tiles, col_tiles, EXPERTS ? blocks[0] : padded / TOKENS, blocks + 1);
+  wait_for_previous();  // which counts blocks
+  const Work work(row_tiles, col_tiles, blocks[0], blocks + 1);
   const Ring ring{memory, (Barriers*)(memory + BARRIERS_AT)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -256,8 +254,5 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
   __syncthreads();
   const int decoder = uniform(threadIdx.x / 32) - MULTIPLIERS;
   if (decoder >= 0) decode_run(work, ring, codes, x, padded / TOKENS, decoder);
-  else {
-    wait_for_previous();
-    multiply_run(work, ring, Output{y, scale, tokens, rows, pairs}, handed);
-  }
+  else multiply_run(work, ring, Output{y, scale, tokens, rows, pairs}, handed);
 }

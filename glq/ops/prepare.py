@@ -7,7 +7,7 @@ import torch
 from glq import nvrtc
 from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_prefill, cuda_rotate
+from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_rotate
 from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens
@@ -69,7 +69,7 @@ def kernel_pairs(
     trellis, found = get_codec(codec), dict[object, int]()
     assert isinstance(trellis, Trellis)
     for pairs in range(top_k, tokens * top_k + 1, top_k):
-        plan: cuda_experts.Plan | cuda_prefill.Plan
+        plan: cuda_experts.Plan | cuda_experts_prefill.Plan
         if cuda_experts_prefill.takes(tiles[0], block, pairs, gpu):
             plan = cuda_experts_prefill.make_plan(trellis, dtype, scale, pairs / tiles[0], gpu)
         else:

@@ -15,18 +15,30 @@ __device__ __forceinline__ size_t place(int col, int token, int held, int tiles)
   return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
-// Eight columns of a token, the first of which is a multiple of eight.
+// Eight columns of a token, the first of which is a multiple of eight. Not in FRAGMENTS.
 __device__ __forceinline__ void put_eight(u16* out, int col, int token, int held, int tiles, const u32* pairs) {
   u16* const to = out + place(col, token, held, tiles);
   if (LAYOUT == SWIZZLED) {
     *(uint2*)to = make_uint2(pairs[0], pairs[1]);
     *(uint2*)(out + place(col + 4, token, held, tiles)) = make_uint2(pairs[2], pairs[3]);
-  } else if (LAYOUT == FRAGMENTS) {
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) *(u32*)(out + place(col + 2 * i, token, held, tiles)) = pairs[i];
   } else {
     *(uint4*)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
+}
+// In FRAGMENTS four lanes, APART from each other, have eight columns each, 16 from one to the next: their t-th pairs make a chunk. They are transposed,
+// and the t-th lane puts the t-th of the chunks. half: of the first 16 columns, which eight.
+template <int APART> __device__ __forceinline__ void put_chunk(u16* out, int tile, int token, int held, int half, bool is, u32* pairs) {
+  const int lane = threadIdx.x % 32, t = lane / APART % 4;
+  #pragma unroll
+  for (int d = 1; d < 4; d *= 2)
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & d) continue;
+      const u32 got = __shfl_sync(~0u, t & d ? pairs[i] : pairs[i + d], lane ^ APART * d);
+      if (t & d) pairs[i] = got;
+      else pairs[i + d] = got;
+    }
+  if (is) *(uint4*)(out + ((size_t)tile * held + token) * 64 + (half * 4 + t ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 // x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
@@ -125,17 +137,7 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
   u16* const to = out + ((size_t)(col / 64) * held + token) * 64 + (chunk ^ token % 8) * 8;
   *(uint4*)to = late ? make_uint4(first, second, pairs[2], pairs[3]) : make_uint4(pairs[0], pairs[1], first, second);
 #elif LAYOUT == 2
-  const int t = lane / 2 % 4;  // of four lanes, whose t-th pairs make a chunk: they are transposed
-  #pragma unroll
-  for (int d = 1; d < 4; d *= 2)
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & d) continue;
-      const u32 got = __shfl_sync(~0u, t & d ? pairs[i] : pairs[i + d], lane ^ 2 * d);
-      if (t & d) pairs[i] = got;
-      else pairs[i + d] = got;
-    }
-  *(uint4*)(out + ((size_t)(col / 64) * held + token) * 64 + (lane % 2 * 4 + t ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  put_chunk<2>(out, col / 64, token, held, lane % 2, true, pairs);
 #else
   *(uint4*)(out + place(col, token, held, cols / 64)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #endif
@@ -205,8 +207,9 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     __syncthreads();
     #pragma unroll 1
     for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
-      const int token = i % TOGETHER, eight = i / TOGETHER;  // columns
-      if (first + token >= tokens || GATHER && pairs[first + token] < 0) continue;
+      const int token = i % TOGETHER, eight = LAYOUT == FRAGMENTS ? i / 64 * 8 + i / 32 % 2 + i / 8 % 4 * 2 : i / TOGETHER;  // columns
+      const bool is = first + token < tokens && !(GATHER && pairs[first + token] < 0);
+      if (LAYOUT != FRAGMENTS && !is) continue;
       float w[2][4][CHUNKS];
       #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -223,7 +226,9 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
         u32 two[4];
         #pragma unroll
         for (int j = 0; j < 4; ++j) two[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
-        put_eight(out + c * place(256, 0, held, cols / 64), start + 8 * eight, first + token, held, cols / 64, two);
+        const int col = start + 256 * c + 8 * eight;
+        if (LAYOUT == FRAGMENTS) put_chunk<8>(out, col / 64, first + token, held, eight % 2, is, two);
+        else put_eight(out, col, first + token, held, cols / 64, two);
       }
     }
     __syncthreads();

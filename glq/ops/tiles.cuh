@@ -12,7 +12,7 @@ static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the 
 // nothing in the address of an entry. Should a GPU have it elsewhere, everything is NaN, which matmul.try_out sees.
 static constexpr u32 TABLE_AT = __CUDA_ARCH__ >= 900 ? 1024 : 0;
 __device__ __forceinline__ bool refuses(const u8* memory, u16* out, size_t count) {
-  if (shared_address(memory) == TABLE_AT) return false;
+  if (shared_address(memory) % (1 << 24) == TABLE_AT) return false;  // above is a block's number in its cluster
   wait_for_previous();
   for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) out[i] = 0x7FFF;
   return true;
@@ -33,9 +33,10 @@ __device__ __forceinline__ u32 place_of(u32 h) {
   }
   return SPREAD ? h & 0x37F80 : (h & 0x7F80 | h >> 1 & 0x18000) / (128 / STRIDE);
 }
+__device__ __forceinline__ u32 hash(u32 state) { return state * HASH; }
 // The pair of a state, which is as state_of gives it. copy: of the table, in bytes.
 __device__ __forceinline__ u32 value(u32 state, u32 copy) {
-  const u32 h = state * HASH, pair = load_shared((place_of(h) | copy) + TABLE_AT);
+  const u32 h = hash(state), pair = load_shared((place_of(h) | copy) + TABLE_AT);
   return SIGNED ? pair : pair ^ (h & 0x80008000u);
 }
 __device__ __forceinline__ u32 own_copy() { return 4 * (threadIdx.x % COPIES); }

@@ -44,6 +44,11 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// Nor a register that it is to be copied to, which products read, be written ahead of it.
+template <int COUNT> __device__ __forceinline__ void settle(u32 (&d)[COUNT]) {
+  #pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
 #if BF16
 #define GLQ_TYPES "f32.bf16.bf16"
 #else
@@ -54,6 +59,10 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
 #define GLQ_R64 GLQ_R32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define GLQ_R96 GLQ_R64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define GLQ_R128 GLQ_R96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define GLQ_R160 GLQ_R128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define GLQ_R192 GLQ_R160 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define GLQ_R224 GLQ_R192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define GLQ_R256 GLQ_R224 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define GLQ_D16(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define GLQ_D32(d, i) GLQ_D16(d, i), GLQ_D16(d, i + 8)
 #define GLQ_D64(d, i) GLQ_D32(d, i), GLQ_D32(d, i + 16)
@@ -67,11 +76,16 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
 #define GLQ_DESCRIBED "%32, %33"
 #define GLQ_FRAGMENT "{%32,%33,%34,%35}, %36"
 #define GLQ_D(d) GLQ_D64(d, 0)
-#else
+#elif TOKENS == 128
 #define GLQ_SUMS GLQ_R128
 #define GLQ_DESCRIBED "%64, %65"
 #define GLQ_FRAGMENT "{%64,%65,%66,%67}, %68"
 #define GLQ_D(d) GLQ_D64(d, 0), GLQ_D64(d, 32)
+#else
+#define GLQ_SUMS GLQ_R256
+#define GLQ_DESCRIBED "%128, %129"
+#define GLQ_FRAGMENT "{%128,%129,%130,%131}, %132"
+#define GLQ_D(d) GLQ_D64(d, 0), GLQ_D64(d, 32), GLQ_D64(d, 64), GLQ_D64(d, 96)
 #endif
 #define GLQ_TEXT(n) #n
 #define GLQ_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" GLQ_TEXT(n) "k16." GLQ_TYPES
@@ -86,6 +100,10 @@ __device__ __forceinline__ void multiply(float* d, const u32* a, u64 b) {
 }
 
 // ---- threads ----
+
+// Registers of each thread of a warpgroup, from now on: others leave what some take.
+template <int COUNT> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> __device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 // An 8 × 8 matrix of 16-bit values, of which a lane has two of row lane / 4, transposed.
 __device__ __forceinline__ u32 transpose(u32 v) {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh", "device.cuh")  # by cuda.h
+PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh", "device.cuh", "cluster.cuh")  # by cuda.h
 
 
 class Emulator:
@@ -23,7 +23,7 @@ class Emulator:
     def __init__(
         self, multiprocessors: int, shared_memory: int = 228 * 1024, begin: int = 1024, resident: int = 1, rank: int = 0
     ) -> None:
-        """begin: where dynamic shared memory does. resident: blocks that run at a time, at least all of a cluster.
+        """begin: where dynamic shared memory does. resident: blocks that run at a time; those of a cluster always do.
 
         rank: of those that run in threads of their own, each by a library of its own.
         """
@@ -44,7 +44,8 @@ class Emulator:
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
         columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         array = (ctypes.c_longlong * len(values))(*values)
-        getattr(_library(source, self._begin, self._resident, self._rank), f"run_{name}")(columns, rows, block, array)
+        resident = max(self._resident, dict(source.macros).get("CLUSTER", 1))
+        getattr(_library(source, self._begin, resident, self._rank), f"run_{name}")(columns, rows, block, array)
 
 
 @cache

@@ -126,6 +126,7 @@ static u32 prmt(u32 a, u32 b, u32 s) {
 }
 static u32 __byte_perm(u32 a, u32 b, u32 s) { return prmt(a, b, s); }
 static int uniform(int v) { return v; }
+static u32 keep(u32 v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
 template <typename T> static T* in_shared(u32 at) { return (T*)(dynamic_shared + at); }
@@ -223,12 +224,18 @@ static float power_of_2(float v) { return std::exp2(v); }
 static float log_2(float v) { return std::log2(v); }
 static float reciprocal(float v) { return 1 / v; }
 
+// Products run as late as they may: what they read and write too early or too late shows.
+struct Product { float* d; unsigned long long a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
+typedef std::vector<std::vector<std::vector<Product>>> Products;  // of each thread: groups, of which the last one is open
+static Products products(1024);
+
 // ---- blocks that have begun ----
 
 struct Block {
   Index index;
   std::vector<Fiber> fibers;
   std::vector<u8> shared, shown;  // while others run
+  Products products = Products(1024);
 };
 static std::vector<std::unique_ptr<Block>> resident;
 
@@ -268,9 +275,9 @@ static u32 transpose(u32 v) {
   return r;
 }
 static u32 transpose8x8(u32 v) { return transpose(v); }
-// Products run as late as they may: what they read and write too early or too late shows.
-struct Product { float* d; u64 a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
-static std::vector<std::vector<Product>> products[1024];  // of each thread: groups, of which the last one is open
+template <int> static void take_registers() {}
+template <int> static void leave_registers() {}
+static u32* block_counter() { return (u32*)(dynamic_shared + sizeof dynamic_shared - 4); }
 static void show_to_products() {}
 static void begin_products() { products[current].emplace_back(); }
 static void commit_products() {}
@@ -300,7 +307,7 @@ static void run_product(const Product& p) {
     }
   }
 }
-template <int COUNT> static void settle(float (&)[COUNT]) {}
+template <typename T, int COUNT> static void settle(T (&)[COUNT]) {}
 template <int PENDING> static void await_products() {
   auto& groups = products[current];
   sync_warp();  // all lanes have what their products read, until all products are done
@@ -333,6 +340,7 @@ static void begin_block(int threads) {
     makecontext(&f.context, run_fiber, 0);
   }
   std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN
+  *block_counter() = 0;
 }
 // Let every thread go as far as it gets; then release the warps that are complete, or the block. Whether it came to its end: else
 // it waits for other blocks. progress: whether anything was done.
@@ -361,11 +369,13 @@ static bool run_block(int threads, bool& progress) {
 }
 static void rest(Block& block) {
   block.fibers.swap(fibers);
+  block.products.swap(products);
   block.shared.assign(dynamic_shared, dynamic_shared + sizeof dynamic_shared);
   block.shown.assign((u8*)exchange, (u8*)exchange + sizeof exchange);
 }
 static void wake(Block& block) {
   fibers.swap(block.fibers);
+  products.swap(block.products);
   std::copy(block.shared.begin(), block.shared.end(), dynamic_shared);
   std::copy(block.shown.begin(), block.shown.end(), (u8*)exchange);
 }

@@ -1,0 +1,335 @@
+// y = x Vᵀ · scale for many tokens on Hopper: warps decode V straight into the registers that warpgroups multiply from, the next unit's while
+// the products of one run.
+//
+// A tile of y is 64 rows for each of two warpgroups × TOKENS tokens; a unit is one step of it, 64 columns. CLUSTER blocks with rows side by side
+// bring x, which comes rotated, for each other: each a share of a unit, to all. It goes through a ring of STAGES units, which one thread fills.
+// Units, tile after tile, are cut into as many equal runs as there are clusters. Where several have units of one tile, the one with its
+// first unit adds up what they have (exchange.cuh), always in the same order. The first clusters have the last runs: so each hands over
+// what is needed elsewhere before anything else, and a tile whose sums come from others, which are clusters before it, is its last.
+// No block ends while another may still send to it: it waits for all x, and for every arrival that it gets, as it gets none that nobody waits for.
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (128 or 256), CLUSTER, STAGES.
+
+static constexpr int GROUPS = 2;  // warpgroups that multiply
+static constexpr int TAKEN = 240, LEFT = 24;  // registers of their threads, and of the others': all that a block has, 168 a thread
+static constexpr int WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128, ROWS = 64 * GROUPS;
+static_assert(32 * WARPS * TAKEN + 128 * LEFT <= THREADS * (65536 / THREADS / 8 * 8), "who takes registers waits for those that others leave");
+static constexpr int STAGE_BYTES = TOKENS * 128, SHARE = STAGE_BYTES / CLUSTER;
+static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
+static constexpr int FAR = 3;               // units whose codes are requested into the L2 cache ahead of their loads
+
+// ---- which units a run has ----
+
+struct Work {
+  int row_tiles, col_tiles, token_blocks, units, runs;
+
+  __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
+    units = (row_tiles + GROUPS * CLUSTER - 1) / (GROUPS * CLUSTER) * token_blocks * col_tiles;
+    runs = gridDim.x / CLUSTER;
+  }
+  __device__ int begin(int run) const { return (int)((long long)units * run / runs); }
+  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * runs - 1) / units); }
+};
+__device__ __forceinline__ int own_rank() { return CLUSTER > 1 ? blockIdx.x % CLUSTER : 0; }
+__device__ __forceinline__ int own_run() { return (gridDim.x - 1 - blockIdx.x) / CLUSTER; }
+// Where a run is.
+struct Cursor {
+  int tile, col, left;  // left: units
+
+  __device__ Cursor(const Work& work) {
+    const int begin = work.begin(own_run());
+    left = work.begin(own_run() + 1) - begin;
+    tile = begin / work.col_tiles;
+    col = begin % work.col_tiles;
+  }
+  __device__ __forceinline__ void advance(int col_tiles) {
+    --left;
+    if (++col == col_tiles) col = 0, ++tile;
+  }
+};
+
+// ---- x ----
+
+static constexpr int BARRIERS_AT = SPREAD ? TABLE_BYTES : TABLE_BYTES + STAGES * STAGE_BYTES;
+static constexpr int IN_HOLE = SPREAD ? HOLE / STAGE_BYTES : STAGES;
+static_assert(!SPREAD || STAGES <= 3 * IN_HOLE, "the holes have room");
+
+__device__ __forceinline__ u32 stage_at(u32 stage) {  // from the beginning of the table
+  return (SPREAD ? (2 * (stage / IN_HOLE) + 1) * HOLE : TABLE_BYTES) + stage % IN_HOLE * STAGE_BYTES;
+}
+struct Barriers {
+  u64 full[STAGES], empty[STAGES];
+};
+// A stage, and how often the ring went round.
+struct Place {
+  u32 stage, parity;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+// What is brought of x, by one thread.
+__device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers* barriers, const u16* x, int padded) {
+  Place place{0, 0};
+  const int rank = own_rank();
+  wait_for_previous();
+  #pragma unroll 1
+  for (Cursor at(work); at.left; at.advance(work.col_tiles), place.advance()) {
+    const u16* const from = x + ((size_t)at.col * padded + at.tile % work.token_blocks * TOKENS) * 64 + rank * (SHARE / 2);
+    await(barriers->empty + place.stage, place.parity ^ 1);
+    expect(barriers->full + place.stage, STAGE_BYTES);
+    copy_to_cluster<CLUSTER>(memory + stage_at(place.stage) + rank * SHARE, from, SHARE, barriers->full + place.stage);
+  }
+}
+
+// ---- the product ----
+
+// Of the eight words that a lane has of a tile, the bits that make two pairs of the part-th 16 rows each. Only those of the last part, or two, go on in
+// the word after it in the strip, which lane `after` has.
+__device__ __forceinline__ void take_words(u32* words, const u32* r, int part, int after) {
+  constexpr int END = CODE_BITS % 32;
+  const int skip = CODE_BITS * part / 4;  // bits of a word that are others'
+  const bool late = skip >= 32, goes_on = skip + CODE_BITS / 8 + 16 > CODE_BITS;
+  auto word = [&](int i, int n) {  // its n-th 32 bits
+    const int at = CODE_BITS * i / 32 + n, shift = CODE_BITS * i % 32;
+    return at >= REGS ? 0 : shift == 0 || at + 1 >= REGS ? r[at] >> shift : __funnelshift_r(r[at], r[at + 1], shift);
+  };
+  if (goes_on) {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      u32 w[3] = {word(i, 0), word(i, 1), 0};
+      const u32 next = __shfl_sync(~0u, w[0], after);
+      if (CODE_BITS == 64) w[2] = next;
+      else if (CODE_BITS == 32) w[1] = next;
+      else if (CODE_BITS == 48) w[1] = prmt(w[1], next, 0x5410);
+      else {
+        u32* const last = w + CODE_BITS / 32;
+        last[0] = last[0] & ((1u << END) - 1) | next << END;
+        last[1] = (next & 0xFFFF) >> (32 - END);
+      }
+      words[i] = CODE_BITS == 64 ? __funnelshift_r(w[1], w[2], 16) : __funnelshift_r(late ? w[1] : w[0], late ? w[2] : w[1], skip % 32);
+    }
+  } else {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) words[i] = __funnelshift_r(late ? word(i, 1) : word(i, 0), word(i, 1), skip % 32);
+  }
+}
+// Of a unit's 16 pairs.
+__device__ __forceinline__ void hash_words(u32* hashes, const u32* words) {
+  constexpr int STEP = CODE_BITS / 8;
+  #pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const u32 w = words[i / 2], e = i % 2;
+    hashes[i] = hash(SIGNED ? w >> STEP * e : STEP == 8 ? prmt(w, w, e ? 0x2121 : 0x1010) : prmt(w >> STEP * e, 0, 0x1010));
+  }
+}
+// Their signs are still missing if these lie apart.
+__device__ __forceinline__ void look_up(u32* pairs, const u32* hashes, u32 copy) {
+  #pragma unroll
+  for (int i = 0; i < 16; ++i) pairs[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
+}
+struct Codes {  // of a warpgroup
+  const u8* codes;
+  int row_tiles, col_tiles, token_blocks, own;  // own: which row tile of a cluster's
+
+  __device__ __forceinline__ const u8* at(int tile, int col) const {
+    const int row_tile = min(tile / token_blocks * (GROUPS * CLUSTER) + own, row_tiles - 1);
+    return codes + ((size_t)row_tile * col_tiles + col) * TILE_BYTES;
+  }
+};
+// A run's first units, into the L2 cache: long before they are loaded.
+__device__ __forceinline__ void request_first(const Codes& codes, int unit) {
+  const int lane = threadIdx.x % 128;
+  const u8* const from = codes.at(unit / codes.col_tiles, unit % codes.col_tiles);
+  if (lane < min(FAR, codes.col_tiles - unit % codes.col_tiles) * TILE_BYTES / 128) request_to_l2(from + 128 * lane);
+}
+
+// ---- sums ----
+
+// Where a thread's sums lie in what blocks hand over: all have the same ones of a tile.
+__device__ __forceinline__ int place_in_slot() { return threadIdx.x / 128 * 64 * TOKENS + threadIdx.x % 128 * 4; }
+__device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+}
+// acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time.
+__device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
+  constexpr int AHEAD = 8, COUNT = TOKENS / 8;
+  #pragma unroll 1
+  for (int run = first; run <= last; ++run) {
+    float* const from = handed + (size_t)run * CLUSTER * SLOT + place_in_slot();
+    while (!is_there(load_shared_by_gpu(from + 512 * (COUNT - 1))));  // the others have come then, or nearly
+    uint4 v[AHEAD];
+    #pragma unroll
+    for (int i = 0; i < AHEAD; ++i) v[i] = load_shared_by_gpu(from + 512 * i);
+    #pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      uint4& next = v[i % AHEAD];
+      while (!is_there(next)) next = load_shared_by_gpu(from + 512 * i);
+      store_shared_by_gpu(from + 512 * i, EMPTY, EMPTY, EMPTY, EMPTY);
+      acc[4 * i] += __uint_as_float(next.x), acc[4 * i + 1] += __uint_as_float(next.y);
+      acc[4 * i + 2] += __uint_as_float(next.z), acc[4 * i + 3] += __uint_as_float(next.w);
+      if (i + AHEAD < COUNT) next = load_shared_by_gpu(from + 512 * (i + AHEAD));
+    }
+  }
+  __syncwarp();
+}
+// A warp's 16 rows of y, from `row` on, of all tokens of a tile, from `token` on; by: the rows' scales. Fragments take turns in what a lane waits for.
+template <bool WHOLE> __device__ __forceinline__ void put_all(const float* acc, const Output& out, float2 by, int row, int token) {
+  constexpr int TOGETHER = 4;
+  const int t = threadIdx.x % 4, of_lane = token + threadIdx.x % 32 / 4;
+  u16* to = out.y + (size_t)of_lane * out.rows + row + t % 2 * 8 + t / 2 * 4;
+  #pragma unroll
+  for (int i = 0; i < TOKENS / 8; i += TOGETHER) {
+    if (!WHOLE) {
+      #pragma unroll
+      for (int j = i; j < i + TOGETHER; ++j)
+        out.put(make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]), by, row, out.place(of_lane + 8 * j));
+      continue;
+    }
+    u32 pairs[TOGETHER][2];  // rows 2t and 2t + 1 of a token, and 8 beyond
+    #pragma unroll
+    for (int j = 0; j < TOGETHER; ++j) {
+      const float* const sums = acc + 4 * (i + j);
+      pairs[j][0] = transpose(pack16(sums[0] * by.x, sums[1] * by.x));
+      pairs[j][1] = transpose(pack16(sums[2] * by.y, sums[3] * by.y));
+    }
+    #pragma unroll
+    for (int j = 0; j < TOGETHER; ++j) {  // lanes change pairs, and have four rows then
+      const u32 got = __shfl_xor_sync(~0u, t % 2 ? pairs[j][0] : pairs[j][1], 1);
+      const uint2 four = t % 2 ? make_uint2(got, pairs[j][1]) : make_uint2(pairs[j][0], got);
+      if (of_lane + 8 * (i + j) < out.tokens) *(uint2*)to = four;
+      to += (size_t)8 * out.rows;
+    }
+  }
+}
+__device__ __forceinline__ int first_row(const Work& work, int tile) {  // of a warp
+  return (tile / work.token_blocks * CLUSTER + own_rank()) * ROWS + threadIdx.x / 32 * 16;
+}
+// What a warpgroup has of a tile, begun at unit `begin` of it, of which its cluster has those up to `end`.
+__device__ __forceinline__ void put_tile(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
+  const int run = own_run();
+  handed += (size_t)own_rank() * SLOT;
+  if (begin > 0) return hand_over_all(acc, handed + (size_t)run * CLUSTER * SLOT);
+  if (end < work.col_tiles) add_up(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
+  const int row = first_row(work, tile), token = tile % work.token_blocks * TOKENS;
+  const float2 by = out.scales(row);
+  const bool whole = out.rows % 4 == 0 && (tile / work.token_blocks * CLUSTER + own_rank() + 1) * ROWS <= out.rows;  // the same for all of a block
+  if (whole) put_all<true>(acc, out, by, row, token);
+  else put_all<false>(acc, out, by, row, token);
+}
+
+// Where a run's codes come from, unit by unit.
+struct Stream {
+  const Codes& codes;
+  const u8* at;  // a lane's 16 bytes of a tile
+  int tile, col, left, lane;
+
+  __device__ __forceinline__ Stream(const Codes& codes, int unit, int end, int lane)
+      : codes(codes), tile(unit / codes.col_tiles), col(unit % codes.col_tiles), left(end - unit), lane(lane) { find(); }
+  __device__ __forceinline__ void find() { at = codes.at(tile, col) + (long long)16 * lane; }
+  // The next unit's, if there is one.
+  __device__ __forceinline__ void load(u32* r, bool requests) {
+    if (left > 0) {
+      load_codes(r, at - (long long)16 * lane, lane);
+      if (requests && col + FAR < codes.col_tiles) request_to_l2(at + FAR * TILE_BYTES + 112 * lane);
+    }
+    --left;
+    at += TILE_BYTES;
+    hold(at);
+    if (++col == codes.col_tiles) {
+      col = 0, ++tile;
+      if (left > 0) find();
+    }
+  }
+};
+// By the warps of both groups. What a unit goes through, as many units ahead of its products: its codes are loaded (three to one), their words are taken
+// apart (two to one), hashed and looked up (one), and given their signs when the products of the one before are done.
+__device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const u32* table, const Codes& codes, const Output& out, float* handed) {
+  const int lane = keep(threadIdx.x % 32), part = uniform(threadIdx.x / 32) % 4, after = lane + 4;
+  const u32 full = shared_address(memory) + BARRIERS_AT, empty = keep(full + 8 * STAGES), copy = keep(own_copy() | shared_address(memory) - TABLE_AT);
+  const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1);
+  const bool requests = part == 0 && lane < TILE_BYTES / 128;
+  // Registers that products read are written by an instruction of their own after the wait, which the assembler cannot merge with the load
+  // of a pair, as it does not know that there are no signs to change. (It would be wrong then, or wait for each product.)
+  const u32 none = (u32)(out.rows >> 31);
+  u32 r[REGS], words[8], hashes[16], pairs[16], a[16];
+  auto finish = [&] {
+    #pragma unroll
+    for (int i = 0; i < 16; ++i) a[i] = pairs[i] ^ ((SIGNED ? none : hashes[i]) & 0x80008000u);
+  };
+  Stream stream(codes, run_begin, end, lane);
+  stream.load(r, requests);
+  fill_table(memory, table, 32 * WARPS);
+  sync_warps<32 * WARPS>();
+  await_cluster();
+  take_words(words, r, part, after);
+  stream.load(r, requests);
+  hash_words(hashes, words);
+  look_up(pairs, hashes, copy);
+  finish();
+  take_words(words, r, part, after);
+  stream.load(r, requests);
+  wait_for_previous();
+  int tile = run_begin / work.col_tiles, col = run_begin % work.col_tiles;
+  Place place{0, 0};
+  #pragma unroll 1
+  for (int unit = run_begin; unit < end; ++tile, col = 0) {
+    const int begin = col, stop = min(end, unit + work.col_tiles - col);
+    if (begin == 0) out.request_scales(first_row(work, tile));
+    float acc[TOKENS / 2];
+    #pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+    #pragma unroll 1
+    for (; unit < stop; ++unit) {
+      const u32 b = TABLE_AT + stage_at(place.stage);
+      await(in_shared<u64>(full + 8 * place.stage), place.parity);
+      begin_products();
+      #pragma unroll
+      for (int s = 0; s < 4; ++s) multiply(acc, a + 4 * s, describe(b, 16 * s));
+      commit_products();
+      await(in_shared<u64>(full + 8 * place.stage), place.parity);  // it has come: but a loop, ahead of which the assembler puts nothing of what follows
+      hash_words(hashes, words);
+      take_words(words, r, part, after);
+      stream.load(r, requests);
+      look_up(pairs, hashes, copy);
+      await_products<0>();
+      if (unit + STAGES < end && lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
+      place.advance();
+      settle(pairs);
+      finish();
+    }
+    settle(acc);
+    put_tile(acc, work, out, handed, tile, begin, unit - tile * work.col_tiles);
+  }
+}
+
+// x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [grid][SLOT] EMPTY, which it is
+// again at the end.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
+  extern __shared__ __align__(1024) u8 memory[];
+  let_next_start();
+  if (refuses(memory, y, (size_t)tokens * rows)) return;
+  const Work work(row_tiles, col_tiles, padded / TOKENS);
+  Barriers* const barriers = (Barriers*)(memory + BARRIERS_AT);
+  const bool brings = threadIdx.x == 32 * WARPS;
+  if (brings) {
+    for (int i = 0; i < STAGES; ++i) {
+      init_barrier(barriers->full + i, 1);
+      init_barrier(barriers->empty + i, WARPS * CLUSTER);
+    }
+    publish_barriers();
+  }
+  __syncwarp();
+  arrive_at_cluster();
+  if (threadIdx.x >= 32 * WARPS) {
+    leave_registers<LEFT>();
+    await_cluster();
+    if (brings) bring_run(work, memory, barriers, x, padded);
+    return;
+  }
+  take_registers<TAKEN>();
+  const Codes mine{codes, row_tiles, col_tiles, work.token_blocks, own_rank() * GROUPS + uniform(threadIdx.x / 128)};
+  request_first(mine, work.begin(own_run()));
+  multiply_run(work, memory, table, mine, Output{y, scale, tokens, rows}, handed);
+}
