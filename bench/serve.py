@@ -12,7 +12,7 @@ glq has to be installed, not only on the path: vLLM finds the plugin by its entr
 by a process of its own from a directory that holds a config.json alone (load_format="dummy"), so that all of them have
 the machine to themselves in one run. What a quantized layer computes, and how many bytes each rank holds, is checked
 before anything is timed. CUDA graphs are captured for the batches that are timed and for steps with short prompts, of
-up to 512 tokens, where vLLM's default ends, and no others.
+up to --capture tokens (512, where vLLM's default ends), and no others.
 
 An engine takes two minutes to start. --meet FOLDER COUNT has the COUNT engines that meet in the folder, of this run and
 others, start at the same time and then be timed one after the other, with --kv-gib of memory for keys and values each.
@@ -170,8 +170,8 @@ def start(args: argparse.Namespace, shape: dict[str, int]) -> tuple[Any, list[in
 
 
 def captured(args: argparse.Namespace) -> list[int]:
-    """Of the sizes up to 512 that vLLM captures by default, those that are timed: prompts come one or more at once."""
-    return sorted({*args.batch, *range(args.prompt, 513, 16)})
+    """Of the sizes that vLLM captures, those that are timed: prompts come one or more at once."""
+    return sorted({*args.batch, *range(args.prompt, args.capture + 1, 16)})
 
 
 def check(llm: Any, expected: list[int] | None, args: argparse.Namespace) -> dict[str, Any]:
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny-moe", action="store_const", const="tiny-moe", dest="shape", help="the same, with experts"
     )
+    parser.add_argument("--capture", type=int, default=512, help="tokens of the longest step in a CUDA graph")
     parser.add_argument("--kv-gib", type=float, help="memory for keys and values; what is left, if not given")
     parser.add_argument("--meet", nargs=2, metavar=("FOLDER", "COUNT"), help="start together with others")
     parser.add_argument("--one", help=argparse.SUPPRESS)

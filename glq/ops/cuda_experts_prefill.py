@@ -78,7 +78,7 @@ class Plan:
             DECODERS=self.shape.decoders,
             STAGES=self.stages,
         )
-        parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange")
+        parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange", "slots")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
 
 

@@ -53,7 +53,7 @@ class Plan:
     def source(self) -> nvrtc.Source:
         own = {"TOKENS": self.shape.tokens, "CLUSTER": self.shape.cluster, "STAGES": self.stages}
         defined = macros(self.codec, self.copies, self.dtype, self.scale, **own)
-        parts = ("ptx", "tiles", "wgmma", "cluster", "output", "exchange")
+        parts = ("ptx", "tiles", "wgmma", "cluster", "output", "exchange", "slots")
         return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prompt.cu"), defined, of_one_arch=True)
 
     def tiles(self, tokens: int, out_features: int) -> int:

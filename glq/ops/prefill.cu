@@ -7,7 +7,7 @@
 // the same order. The first blocks have the last runs: so each hands over what is needed elsewhere before anything else, and
 // a tile whose sums come from others, which are blocks before it, is its last.
 // A tile's tokens are pairs of one expert, as route.cu has put them in order, and only the GPU knows how many tiles there are.
-// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES.
+// Macros, besides those of output.cuh, exchange.cuh and slots.cuh: TOKENS (32, 64 or 128), WARPGROUPS, DECODERS (warps, by fours), STAGES.
 
 static constexpr int MULTIPLIERS = 4 * WARPGROUPS, THREADS = 32 * (MULTIPLIERS + DECODERS), ROWS = 64 * WARPGROUPS;
 static constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = WARPGROUPS * ROW_TILE + X_BYTES;
@@ -179,12 +179,6 @@ __device__ __forceinline__ void multiply_units(float* acc, int count, const Ring
 
 // ---- sums ----
 
-// Where a thread's sums lie in what blocks hand over: all have the same ones of a tile.
-__device__ __forceinline__ int place_in_slot() { return threadIdx.x / 128 * 64 * TOKENS + threadIdx.x % 128 * 4; }
-__device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
-  #pragma unroll
-  for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-}
 // acc += what other blocks hand over, of the runs from `first` to `last`.
 __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
   constexpr int AT_ONCE = TOKENS == 128 ? 2 : 4;

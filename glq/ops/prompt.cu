@@ -7,7 +7,7 @@
 // first unit adds up what they have (exchange.cuh), always in the same order. The first clusters have the last runs: so each hands over
 // what is needed elsewhere before anything else, and a tile whose sums come from others, which are clusters before it, is its last.
 // No block ends while another may still send to it: it waits for all x, and for every arrival that it gets, as it gets none that nobody waits for.
-// Macros, besides those of output.cuh and exchange.cuh: TOKENS (128 or 256), CLUSTER, STAGES.
+// Macros, besides those of output.cuh, exchange.cuh and slots.cuh: TOKENS (128 or 256), CLUSTER, STAGES.
 
 static constexpr int GROUPS = 2;  // warpgroups that multiply
 static constexpr int TAKEN = 240, LEFT = 24;  // registers of their threads, and of the others': all that a block has, 168 a thread
@@ -145,12 +145,6 @@ __device__ __forceinline__ void request_first(const Codes& codes, int unit) {
 
 // ---- sums ----
 
-// Where a thread's sums lie in what blocks hand over: all have the same ones of a tile.
-__device__ __forceinline__ int place_in_slot() { return threadIdx.x / 128 * 64 * TOKENS + threadIdx.x % 128 * 4; }
-__device__ __forceinline__ void hand_over_all(const float* acc, float* slot) {
-  #pragma unroll
-  for (int i = 0; i < TOKENS / 8; ++i) hand_over(slot + place_in_slot() + 512 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-}
 // acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time.
 __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
   constexpr int AHEAD = 8, COUNT = TOKENS / 8;
