@@ -75,7 +75,8 @@ def _nvrtc_works(device: torch.device) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        for codec, tokens in (("trellis-2", (1, _FEW, _FEW + 1, 129, MANY)), ("trellis-4", (129,))):
+        # what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without
+        for codec, tokens in (("trellis-2", (1, _FEW, _FEW + 1, 129, 257, MANY)), ("trellis-4", (129, 257))):
             try_out(lambda x, weight: cuda_product(plain(x), weight, gpu), device, codec, tokens)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
