@@ -3,7 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -152,8 +152,7 @@ def check_prompt(name, tokens, rows, cols, shape, clusters, dtype=torch.float16,
 
 
 @emulated
-@pytest.mark.parametrize("name", TRELLISES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), list(zip(TRELLISES, cycle([torch.float16, torch.bfloat16]), strict=False)))
 def test_prompt_of_every_codec(name, dtype):
     check_prompt(name, 3, 200, 328, PROMPT_SHAPES[0], 2, dtype)
 
