@@ -1,9 +1,5 @@
 // Blocks that run together and reach each other's shared memory (Hopper). With ptx.cuh and wgmma.cuh.
 
-// One arrival; the phase is over when so many bytes have come, too, which may come before.
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
 // To the same place in the shared memory of each of COUNT blocks, where it is counted at the same barrier.
 template <int COUNT> __device__ __forceinline__ void copy_to_cluster(void* to, const void* from, u32 bytes, u64* barrier) {
   if (COUNT == 1)

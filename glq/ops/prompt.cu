@@ -196,9 +196,9 @@ template <bool WHOLE> __device__ __forceinline__ void put_all(const float* acc, 
     }
   }
 }
-__device__ __forceinline__ int first_row(const Work& work, int tile) {  // of a warp
-  return (tile / work.token_blocks * CLUSTER + own_rank()) * ROWS + threadIdx.x / 32 * 16;
-}
+// The first row of a tile that is a block's, and a warp's.
+__device__ __forceinline__ int block_row(const Work& work, int tile) { return (tile / work.token_blocks * CLUSTER + own_rank()) * ROWS; }
+__device__ __forceinline__ int first_row(const Work& work, int tile) { return block_row(work, tile) + threadIdx.x / 32 * 16; }
 // What a warpgroup has of a tile, begun at unit `begin` of it, of which its cluster has those up to `end`.
 __device__ __forceinline__ void put_tile(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
   const int run = own_run();
@@ -207,7 +207,7 @@ __device__ __forceinline__ void put_tile(float* acc, const Work& work, const Out
   if (end < work.col_tiles) add_up(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
   const int row = first_row(work, tile), token = tile % work.token_blocks * TOKENS;
   const float2 by = out.scales(row);
-  const bool whole = out.rows % 4 == 0 && (tile / work.token_blocks * CLUSTER + own_rank() + 1) * ROWS <= out.rows;  // the same for all of a block
+  const bool whole = out.rows % 4 == 0 && block_row(work, tile) + ROWS <= out.rows;  // the same for all of a block
   if (whole) put_all<true>(acc, out, by, row, token);
   else put_all<false>(acc, out, by, row, token);
 }

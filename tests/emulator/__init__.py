@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh", "device.cuh", "cluster.cuh")  # by cuda.h
+PLAYED = ("ptx.cuh", "wgmma.cuh", "half2.cuh", "device.cuh", "cluster.cuh")  # by the headers here
 
 
 class Emulator:
@@ -57,7 +57,7 @@ def _library(source, begin, resident, rank):
     )
     macros = "".join(f"#define {name} {value}\n" for name, value in source.macros)
     macros += f"#define SHARED_BEGIN {begin}\n#define RESIDENT {resident}\n#define RANK {rank}\n"
-    headers = ("cuda.h", "cluster.h") if "CLUSTER" in dict(source.macros) else ("cuda.h",)
+    headers = ("cuda.h", "half2.h", *(["cluster.h"] if "CLUSTER" in dict(source.macros) else []))
     text = macros + "".join((HERE / header).read_text() for header in headers) + code + _entries(code)
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     library = folder / "kernels.so"
