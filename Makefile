@@ -53,7 +53,7 @@ $(VENV)-vllm/.done: pyproject.toml tools/vllm_requirements.py
 	touch $@
 
 vllm: $(VENV)-vllm/.done  # real vLLM on the CPU, in an environment of its own: it wants an older transformers
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python $(PYTEST) tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_gpt_oss.py tests/test_vllm_passes.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py tests/test_vllm_kv_factors.py tests/test_vllm_architectures.py
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python $(PYTEST) tests/test_vllm.py tests/test_vllm_moe.py tests/test_vllm_gpt_oss.py tests/test_vllm_passes.py tests/test_vllm_rope.py tests/test_vllm_server.py tests/test_vllm_upstream.py tests/test_vllm_kv.py tests/test_vllm_kv_factors.py tests/test_vllm_architectures.py
 
 $(VENV)-docs/.done: pyproject.toml
 	python3 -m venv $(VENV)-docs

@@ -230,6 +230,12 @@ def test_what_does_not_fit_is_left(name, case):
     assert done.before == done.after
 
 
+FACTS = {
+    "model_config": SimpleNamespace(use_mla=False, uses_mrope=False),
+    "parallel_config": SimpleNamespace(use_ubatching=False),
+}
+
+
 def test_it_is_in_the_config_and_in_the_keys_of_caches():
     from vllm.compilation.passes.inductor_pass import CallableInductorPass
     from vllm.config import CompilationConfig, CompilationMode
@@ -240,7 +246,7 @@ def test_it_is_in_the_config_and_in_the_keys_of_caches():
     def installed(mode, **config):
         compilation = CompilationConfig(mode=mode, inductor_compile_config=config)
         key = compilation.compute_hash()
-        vllm_config = SimpleNamespace(compilation_config=compilation, additional_config={})
+        vllm_config = SimpleNamespace(compilation_config=compilation, additional_config={}, **FACTS)
         install(vllm_config)
         once = compilation.compute_hash()
         install(vllm_config)
@@ -283,7 +289,7 @@ def test_a_compiled_engine_fuses_them_and_says_the_same(checkpoint, vllm, tmp_pa
         fused = {
             op: calls for op, calls in compiled["calls"].items() if op != "matmul"
         }  # which is inside of the others
-        assert fused == {"norm_matmul": 3 * steps, "silu_matmul": 2 * steps}
+        assert fused == {"norm_matmul": 3 * steps, "silu_matmul": 2 * steps, "rope_and_cache": 2 * steps}
         files.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("rank_0_0/model")})
     assert len(files[0]) == 1
     assert files[1] == files[0]

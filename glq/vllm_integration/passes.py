@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.node import map_arg
+from torch.fx import Graph
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode
 from vllm.ir.ops import fused_add_rms_norm
 from vllm.platforms import current_platform
 
 from glq.ops import fused_matmul
-from glq.vllm_integration import all_reduce
+from glq.vllm_integration import all_reduce, graphs, rope, rope_pass
+from glq.vllm_integration.graphs import alike, call, erase, is_call, known, value
 
 _log = getLogger("vllm.glq")
 _aten, _glq = torch.ops.aten, torch.ops.glq
@@ -30,13 +29,16 @@ _convert = torch.ops.prims.convert_element_type.default
 def install(vllm_config: Any) -> None:
     """Have vLLM run the pass if it compiles. A pass of the user's in this place stays, and ours is left out."""
     compilation = vllm_config.compilation_config
-    if compilation.mode not in (None, CompilationMode.NONE):
-        own_sums = all_reduce.wanted(vllm_config)
-        compilation.inductor_compile_config.setdefault(current_platform.pass_key, FuseIntoProducts(own_sums))
+    options = compilation.inductor_compile_config
+    if compilation.mode not in (None, CompilationMode.NONE) and current_platform.pass_key not in options:
+        options[current_platform.pass_key] = FuseIntoProducts(all_reduce.wanted(vllm_config))
+        rope.prepare_config(vllm_config)
 
 
 class FuseIntoProducts(InductorPass):
     """glq::matmul becomes glq::norm_matmul or glq::silu_matmul where it alone reads its x.
+
+    A rotary embedding of keys and the write to the KV cache become glq::rope_and_cache.
 
     own_sums: and vllm::all_reduce becomes glq::all_reduce.
     """
@@ -51,42 +53,44 @@ class FuseIntoProducts(InductorPass):
                 total.target = _glq.all_reduce.default  # of the same signature
         for product in graph.find_nodes(op="call_function", target=_glq.matmul.default):
             x = product.args[0]
-            if product.kwargs or len(x.users) > 1 or not _known(*product.all_input_nodes):
+            if product.kwargs or len(x.users) > 1 or not known(*product.all_input_nodes):
                 continue
             if _fuse_norm(graph, product, x):
                 norms += 1
             elif _fuse_silu(graph, product, x):
                 silus += 1
-        if norms:
+        ropes = rope_pass.fuse_all(graph)
+        if norms or ropes:
             stable_topological_sort(graph)  # what reads a sum may be ahead of the product, which it comes out of now
         _log.debug("Products that make their x: %d from a normed sum, %d from silu(gate) · up", norms, silus)
+        _log.debug("Rotary embeddings with the write to the cache: %d", ropes)
 
     def uuid(self) -> str:
         """In the keys of vLLM's and of Inductor's caches. What the ops take is part of it."""
-        files = (__file__, fused_matmul.__file__, all_reduce.__file__)
+        files = (__file__, *(str(m.__file__) for m in (graphs, fused_matmul, all_reduce, rope, rope_pass)))
         return str(self.hash_source(str(self._own_sums), *(Path(file).read_text("utf-8") for file in files)))
 
 
 def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:
     """Whether x was the norm of a sum, and is made by the product now."""
-    norm: Any = x.args[0] if _is(x, getitem) and x.args[1] == 0 else None
-    if not _is(norm, fused_add_rms_norm.torch_op) or norm.kwargs:
+    norm: Any = x.args[0] if is_call(x, getitem) and x.args[1] == 0 else None
+    if not is_call(norm, fused_add_rms_norm.torch_op) or norm.kwargs:
         return False
-    if not all(user is x or (_is(user, getitem) and user.args[1] == 1) for user in norm.users):
+    if not all(user is x or (is_call(user, getitem) and user.args[1] == 1) for user in norm.users):
         return False
     summand, residual, weight, eps, *variance_size = norm.args
-    if variance_size not in ([], [None]) or not _known(weight) or not _alike(summand, residual, x):
+    if variance_size not in ([], [None]) or not known(weight) or not alike(summand, residual, x):
         return False
-    if (_value(weight).dtype, _value(weight).shape) != (_value(x).dtype, _value(x).shape[-1:]):
+    if (value(weight).dtype, value(weight).shape) != (value(x).dtype, value(x).shape[-1:]):
         return False
     with graph.inserting_before(product):
-        both = _call(graph, _glq.norm_matmul.default, (summand, residual, weight, eps, *product.args[1:]))
-        y, total = (_call(graph, getitem, (both, i)) for i in range(2))
+        both = call(graph, _glq.norm_matmul.default, (summand, residual, weight, eps, *product.args[1:]))
+        y, total = (call(graph, getitem, (both, i)) for i in range(2))
     product.replace_all_uses_with(y)
-    _erase(graph, product)
+    erase(graph, product)
     for old in list(norm.users):  # the sum; none after the last layer
         old.replace_all_uses_with(total)
-        _erase(graph, old)
+        erase(graph, old)
     if not total.users:
         graph.erase_node(total)
     return True
@@ -94,72 +98,36 @@ def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:
 
 def _fuse_silu(graph: Graph, product: Any, x: Any) -> bool:
     """Whether x was silu(gate) · up, and is made by the product now."""
-    if not _is(x, _aten.mul.Tensor):
+    if not is_call(x, _aten.mul.Tensor):
         return False
     for silu, up in (x.args, x.args[::-1]):
         gate = _argument_of_silu(silu)
-        if gate is not None and _alike(gate, up, x):
+        if gate is not None and alike(gate, up, x):
             with graph.inserting_before(product):
-                y = _call(graph, _glq.silu_matmul.default, (gate, up, *product.args[1:]))
+                y = call(graph, _glq.silu_matmul.default, (gate, up, *product.args[1:]))
             product.replace_all_uses_with(y)
-            _erase(graph, product)
+            erase(graph, product)
             return True
     return False
 
 
 def _argument_of_silu(y: Any) -> Any:
     """x where y is silu(x), whole or decomposed, in fp32 or through it."""
-    if _is(y, _aten.silu.default):
+    if is_call(y, _aten.silu.default):
         return y.args[0]
-    wide = y.args[0] if _is(y, _convert) else y
+    wide = y.args[0] if is_call(y, _convert) else y
     x: Any = None
-    if _is(wide, _aten.div.Tensor):  # x / (1 + exp(−x)): Inductor's
+    if is_call(wide, _aten.div.Tensor):  # x / (1 + exp(−x)): Inductor's
         above, below = wide.args
-        power: Any = below.args[0] if _is(below, _aten.add.Tensor) and below.args[1] == 1 and not below.kwargs else None
-        minus: Any = power.args[0] if _is(power, _aten.exp.default) else None
-        x = above if _is(minus, _aten.neg.default) and minus.args[0] is above else None
-    elif _is(wide, _aten.mul.Tensor):  # x · sigmoid(x): PyTorch's
-        x = next((a for a, b in (wide.args, wide.args[::-1]) if _is(b, _aten.sigmoid.default) and b.args[0] is a), None)
+        power: Any = (
+            below.args[0] if is_call(below, _aten.add.Tensor) and below.args[1] == 1 and not below.kwargs else None
+        )
+        minus: Any = power.args[0] if is_call(power, _aten.exp.default) else None
+        x = above if is_call(minus, _aten.neg.default) and minus.args[0] is above else None
+    elif is_call(wide, _aten.mul.Tensor):  # x · sigmoid(x): PyTorch's
+        x = next(
+            (a for a, b in (wide.args, wide.args[::-1]) if is_call(b, _aten.sigmoid.default) and b.args[0] is a), None
+        )
     if wide is y:
         return x
-    return x.args[0] if _is(x, _convert) and x.args[1] == torch.float32 else None
-
-
-def _is(node: Any, target: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target == target
-
-
-def _value(node: Any) -> Any:
-    return node.meta["val"]
-
-
-def _known(*nodes: Any) -> bool:
-    return all(isinstance(node, Node) and "val" in node.meta for node in nodes)
-
-
-def _alike(*nodes: Any) -> bool:
-    """Whether they are tensors of the same type and shape."""
-    if not _known(*nodes):
-        return False
-    first, *others = map(_value, nodes)
-    return all(
-        (value.dtype, value.dim()) == (first.dtype, first.dim())
-        and all(statically_known_true(a == b) for a, b in zip(value.shape, first.shape, strict=True))
-        for value in others
-    )
-
-
-def _call(graph: Graph, target: Any, args: tuple[Any, ...]) -> Any:
-    """A new node, which knows its value as those that Inductor traced do."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, _value))
-    return node
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """A node that nothing reads, and those that only it has read."""
-    if node.op == "call_function" and not node.users:
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        for each in inputs:
-            _erase(graph, each)
+    return x.args[0] if is_call(x, _convert) and x.args[1] == torch.float32 else None
