@@ -157,7 +157,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
       int tokens, int padded, int rows, int row_tiles, int col_tiles, int parts) {
   extern __shared__ __align__(1024) u8 memory[];
-  let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), group = warp / 4, wk = group % WK, wr = group / WK;
   const int token_blocks = padded / TOKENS, tile = blockIdx.x / parts, rank = blockIdx.x % parts;
@@ -200,5 +199,8 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
     sums[((wk * WR * 4 + wr * 4 + warp % 4) * HELD + j) * 32 + lane] = make_float4(from[0], from[1], from[2], from[3]);
   }
   __syncthreads();
+  // The next rotation starts here and not at once: its blocks would gather, six at a time, on the few multiprocessors that have no tile, where the
+  // last ends twice as late as where all have one. With 128 tokens they have enough to do to start when these are done.
+  if (TOKENS < 128) let_next_start();
   add_up(sums, scales, (float4*)handed + (size_t)tile * (parts - 1) * TILE_FRAGMENTS * 32, parts, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
 }

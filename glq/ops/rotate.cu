@@ -91,9 +91,6 @@ __device__ __forceinline__ float norm() { return rsqrtf((float)(WIDTH / odd_part
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS)
 rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, u16* out, int eps, int stride, int held, int cols) {
   __shared__ float2 values[CHUNKS][32];
-#if INPUT == 2
-  __shared__ float squares[CHUNKS];
-#endif
   let_next_start();
   const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, col = blockIdx.y * WIDTH + 256 * warp + 8 * lane;
   float factors[CHUNKS];
@@ -105,8 +102,14 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
   wait_for_previous();
   own.request(input, col);
 #if INPUT == 2
+  float squares[CHUNKS];  // by way of what is needed later: with the block's reserved KB there are 3 KB beside the largest products
   const float sum = sum_squares(input, cols, 32 * CHUNKS, blockIdx.y * WIDTH, (blockIdx.y + 1) * WIDTH);
-  if (lane == 0) squares[warp] = sum;
+  if (lane == 0) values[warp][0].x = sum;
+  __syncthreads();
+  #pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) squares[c] = values[c][0].x;
+  by *= inverse_norm<CHUNKS>(squares, cols, input.eps);
+  __syncthreads();
 #endif
   own.take(v);
   hadamard256(v, lane);
@@ -123,10 +126,6 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
       v[i + 1] += factors[c] * two.y;
     }
   }
-#if INPUT == 2
-  __syncwarp();  // a block of one warp has had no other barrier
-  by *= inverse_norm<CHUNKS>(squares, cols, input.eps);
-#endif
   u32 pairs[4];
   #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = pack16(v[2 * i] * by, v[2 * i + 1] * by);
