@@ -277,6 +277,7 @@ def time_batches(row: dict[str, Any], args: argparse.Namespace, seconds: Callabl
         row[f"tokens_per_second_{batch}"] = batch * args.new / median
         row[f"decode_per_second_{batch}"] = batch * (args.new - 1) / (median - prefill)
         row[f"first_ms_{batch}"] = 1e3 * prefill
+        row[f"seconds_{batch}"], row[f"first_seconds_{batch}"] = whole, first
         row[f"spread_{batch}"] = (max(whole) - min(whole)) / median
         step = 1e6 * (median - prefill) / (args.new - 1)
         row[f"step_us_{batch}"], row[f"step_us_a_layer_{batch}"] = step, step / args.layers
