@@ -1,9 +1,11 @@
 """The pass that joins a rotary embedding and the write to the KV cache, in small graphs; vLLM's config for it."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from emulator import Emulator
 from test_vllm import pytestmark  # noqa: F401
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -202,3 +204,46 @@ def test_the_config_is_changed_where_it_helps_and_nowhere_else(monkeypatch):
         assert str(other) == before
     monkeypatch.setattr(rope, "_USE_LAYERNAME", False)
     assert not rope.prepare_config(config())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_cache_of_flash_attention_gets_what_vllm_writes_there(dtype, monkeypatch):
+    """By the kernel, on an emulator; as by vLLM's embedding and FlashAttentionImpl, whose own kernel is played here."""
+    from vllm.utils.torch_utils import _encode_layer_name
+    from vllm.v1.attention.backend import AttentionType
+    from vllm.v1.attention.backends import flash_attn
+
+    from glq.vllm_integration import rope
+
+    page, pages = 4, 6
+    qkv, positions = torch.randn(TOKENS, sum(SIZES)).to(dtype), torch.randint(50, (TOKENS,))
+    phase = torch.randn(50, HEAD // 2)
+    angles = torch.cat((phase.cos(), phase.sin()), 1).to(dtype)
+    slots = torch.tensor([9, -1, 3, 22])  # the last token is padding
+
+    def write_each(key, value, key_cache, value_cache, slots, *_):
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                key_cache[slot // page, slot % page] = key[token]
+                value_cache[slot // page, slot % page] = value[token]
+
+    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", write_each, raising=False)
+    attention = object.__new__(flash_attn.FlashAttentionImpl)
+    attention.head_size, attention.attn_type, attention.kv_cache_dtype = HEAD, AttentionType.DECODER, "auto"
+    layer = SimpleNamespace(impl=attention, _k_scale=None, _v_scale=None)
+
+    def run(emulated):
+        cache = torch.zeros(pages, KV_HEADS, page, 2 * HEAD, dtype=dtype)
+        monkeypatch.setattr(rope, "get_attention_context", lambda _: (None, layer, cache, slots))
+        monkeypatch.setattr(rope.cuda_rope, "works", lambda _: emulated)
+        monkeypatch.setattr(rope.nvrtc, "gpu", lambda _: Emulator(4))
+        q, k, v = qkv.split(SIZES, -1)
+        given = (q, k, v.view(TOKENS, KV_HEADS, HEAD), positions, angles, HEAD, True, _encode_layer_name("layers.0"))
+        return (*rope.rope_and_cache(*given)[:2], cache)
+
+    theirs = run(emulated=False)
+    monkeypatch.delattr(flash_attn, "reshape_and_cache_flash")  # nothing but the kernel writes now
+    for ours, wanted in zip(run(emulated=True), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2**-6, atol=2**-6)
+    assert theirs[2].count_nonzero() > 0.9 * 3 * 2 * KV_HEADS * HEAD
