@@ -8,7 +8,9 @@ from cubins import spilled
 from emulator import Emulator
 
 from glq import nvrtc
-from glq.ops.cuda_rope import Cache, _source, reference, rope, takes
+from glq.errors import GlqError
+from glq.ops import cuda_rope
+from glq.ops.cuda_rope import Cache, Turn, _source, reference, rope, takes
 
 PAGE, PAGES, POSITIONS = 4, 5, 50
 HEADS, KV_HEADS = 6, 2
@@ -52,11 +54,12 @@ def test_queries_and_keys_turn_and_keys_and_values_are_written(dtype, head_size,
         slots = torch.randperm(PAGE * PAGES)[: max(1, tokens - 1)]  # the last token is padding if there are several
         slots[0] = slots[0] if tokens < 7 else -1
         cache = empty_cache(dtype, head_size, slots)
-        assert takes(q, k, v, positions, angles, head_size, halves, cache)
-        new_q, new_k = rope(q, k, v, positions, angles, head_size, halves, cache, Emulator(4))
+        by = Turn(positions, angles, head_size, halves)
+        assert takes(q, k, v, by, cache)
+        new_q, new_k = rope(q, k, v, by, cache, Emulator(4))
         for old, new in ((q, new_q), (k, new_k)):
             expected = turned(old, positions, angles, head_size, halves)
-            torch.testing.assert_close(reference(old, positions, angles, head_size, halves).double(), expected)
+            torch.testing.assert_close(reference(old, by).double(), expected)
             torch.testing.assert_close(new.double(), expected.to(dtype).double(), rtol=2**-7, atol=1e-3)
         keys, values = torch.full_like(cache.keys, float("nan")), torch.full_like(cache.values, float("nan"))
         for token, slot in enumerate(slots.tolist()):
@@ -65,29 +68,50 @@ def test_queries_and_keys_turn_and_keys_and_values_are_written(dtype, head_size,
                 values[slot // PAGE, slot % PAGE] = v[token].view(KV_HEADS, -1)
         torch.testing.assert_close(cache.keys, keys, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(cache.values, values, rtol=0, atol=0, equal_nan=True)
-        alone = rope(q, k, v, positions, angles, head_size, halves, None, Emulator(4))
+        alone = rope(q, k, v, by, None, Emulator(4))
         assert torch.equal(alone[0], new_q)
         assert torch.equal(alone[1], new_k)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+def test_a_kernel_that_computes_something_else_is_found_out(monkeypatch):
+    """By what is run before its first use on a GPU."""
+    emulator = Emulator(4)
+    monkeypatch.setattr(nvrtc, "gpu", lambda _: emulator)
+    cuda_rope._try_out(torch.device("cpu"))
+    for changed in ({"angles": lambda a: -a}, {"slots": lambda s: s.clamp(min=0)}):  # turned back; padding written
+        launch = emulator.launch
+
+        def wrong(source, name, grid, block, shared, *arguments, launch=launch, changed=changed):
+            names = ("q", "k", "v", "positions", "angles", "slots")
+            given = [changed.get(n, lambda a: a)(a) for n, a in zip(names, arguments, strict=False)]
+            launch(source, name, grid, block, shared, *given, *arguments[len(names) :])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(emulator, "launch", wrong)
+            with pytest.raises(GlqError, match="something else than PyTorch"):
+                cuda_rope._try_out(torch.device("cpu"))
+
+
 def test_what_it_takes():
     q, k, v, at, angles = case(2, torch.half, 64, 64)
+    by = Turn(at, angles, 64, True)
     cache = empty_cache(torch.half, 64, torch.zeros(2, dtype=torch.int64))
-    assert takes(q, k, v, at, angles, 64, True, cache)
-    assert takes(q, k, v, at, angles, 64, True, None)
-    assert not takes(q.float(), k.float(), v.float(), at, angles.float(), 64, True, None)
-    assert not takes(q, k, v, at.int(), angles, 64, True, None)
-    assert not takes(q, k, v, at, angles, 64, True, Cache(cache.keys, cache.values, cache.slots.int()))
-    assert not takes(q, k, v, at, angles.float(), 64, True, None)
-    assert not takes(q.bfloat16(), k, v, at, angles, 64, True, None)
-    assert not takes(q, k, v[:, :64], at, angles, 64, True, None)
-    assert not takes(q, k, v, at, angles[:, :24], 64, False, None)
-    assert not takes(q, k, v, at, angles[:, :24].contiguous(), 64, True, None)  # 12 columns a half
-    assert takes(q, k, v, at, angles[:, :24].contiguous(), 64, False, None)
-    assert not takes(q[:, 4:-4], k, v, at, angles, 64, True, None)  # 8 bytes beyond a place that is aligned
-    assert not takes(q, k, v, at, angles, 32, True, None)  # more columns turn than a head has
-    assert not takes(q, k, v, at, angles, 64, True, Cache(cache.keys.float(), cache.values.float(), cache.slots))
-    assert not takes(q, k, v, at, angles, 64, True, Cache(cache.keys[..., :32], cache.values[..., :32], cache.slots))
+    assert takes(q, k, v, by, cache)
+    assert takes(q, k, v, by, None)
+    assert not takes(q.float(), k.float(), v.float(), Turn(at, angles.float(), 64, True), None)
+    assert not takes(q, k, v, Turn(at.int(), angles, 64, True), None)
+    assert not takes(q, k, v, by, Cache(cache.keys, cache.values, cache.slots.int()))
+    assert not takes(q, k, v, Turn(at, angles.float(), 64, True), None)
+    assert not takes(q.bfloat16(), k, v, by, None)
+    assert not takes(q, k, v[:, :64], by, None)
+    assert not takes(q, k, v, Turn(at, angles[:, :24], 64, False), None)
+    assert not takes(q, k, v, Turn(at, angles[:, :24].contiguous(), 64, True), None)  # 12 columns a half
+    assert takes(q, k, v, Turn(at, angles[:, :24].contiguous(), 64, False), None)
+    assert not takes(q[:, 4:-4], k, v, by, None)  # 8 bytes beyond a place that is aligned
+    assert not takes(q, k, v, Turn(at, angles, 32, True), None)  # more columns turn than a head has
+    assert not takes(q, k, v, by, Cache(cache.keys.float(), cache.values.float(), cache.slots))
+    assert not takes(q, k, v, by, Cache(cache.keys[..., :32], cache.values[..., :32], cache.slots))
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="needs cuda-core")

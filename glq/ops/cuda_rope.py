@@ -15,6 +15,20 @@ _VECTOR = 8  # values that a thread reads at once
 
 
 @dataclass(frozen=True, eq=False)
+class Turn:
+    """By which angles the columns of heads turn, where a token stands."""
+
+    positions: Tensor  # [tokens] int64
+    angles: Tensor  # [positions, rotated]: as many cosines as sines, rotated / 2 of each
+    head_size: int  # columns, of which those beyond `rotated` stay
+    halves: bool  # column i turns with i + rotated / 2 ("neox"), else 2i with 2i + 1
+
+    @property
+    def rotated(self) -> int:
+        return self.angles.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
 class Cache:
     """Where keys and values go: views [pages, page size, heads, head size] of the same strides."""
 
@@ -45,9 +59,10 @@ def _try_out(device: torch.device) -> None:
     pages = torch.zeros(2, 1, 4, 2 * head_size, dtype=torch.half, device=device)
     keys, values = pages.transpose(1, 2).split(head_size, -1)
     cache = Cache(keys, values, torch.tensor([6, -1, 1], device=device))
-    on_gpu = [x.to(device) for x in (q, k, v, positions, angles)]
-    found = rope(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], on_gpu[4], head_size, True, cache, nvrtc.gpu(device))
-    expected = (reference(q, positions, angles, head_size, True), reference(k, positions, angles, head_size, True))
+    by, on_gpu = Turn(positions, angles, head_size, True), [x.to(device) for x in (q, k, v)]
+    there = Turn(positions.to(device), angles.to(device), head_size, True)
+    found = rope(on_gpu[0], on_gpu[1], on_gpu[2], there, cache, nvrtc.gpu(device))
+    expected = (reference(q, by), reference(k, by))
     cached = torch.zeros(8, 2 * head_size)
     cached[torch.tensor([6, 1])] = torch.cat((expected[1], v.float()), 1)[[0, 2]]
     for one, wanted in (*zip(found, expected, strict=True), (pages.view(8, -1), cached)):
@@ -55,71 +70,48 @@ def _try_out(device: torch.device) -> None:
             raise GlqError("it computes something else than PyTorch on this GPU")
 
 
-def reference(x: Tensor, positions: Tensor, angles: Tensor, head_size: int, halves: bool) -> Tensor:
-    """What `rope` makes of x [tokens, heads · head_size], in fp32."""
-    half = angles.shape[1] // 2
-    cos, sin = angles[positions].float()[:, None].split(half, -1)
-    heads = x.float().view(len(x), -1, head_size).clone()
+def reference(x: Tensor, by: Turn) -> Tensor:
+    """What `rope` makes of x [tokens, heads · head size], in fp32."""
+    half = by.rotated // 2
+    cos, sin = by.angles[by.positions].float()[:, None].split(half, -1)
+    heads = x.float().view(len(x), -1, by.head_size).clone()
     part = heads[..., : 2 * half]
-    a, b = (part[..., :half], part[..., half:]) if halves else (part[..., ::2], part[..., 1::2])
+    a, b = (part[..., :half], part[..., half:]) if by.halves else (part[..., ::2], part[..., 1::2])
     turned = (a * cos - b * sin, b * cos + a * sin)
-    heads[..., : 2 * half] = torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)
+    heads[..., : 2 * half] = torch.cat(turned, -1) if by.halves else torch.stack(turned, -1).flatten(-2)
     return heads.flatten(1)
 
 
-def takes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    angles: Tensor,
-    head_size: int,
-    halves: bool,
-    cache: Cache | None,
-) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, by: Turn, cache: Cache | None) -> bool:
     """Whether the kernel takes these, as `rope` does: 16-bit values of one type, in whole pieces of 16 bytes."""
-    rotated = angles.shape[-1]
     pages = [] if cache is None else [cache.keys, cache.values]
-    tensors, integers = [q, k, v, angles, *pages], [positions, *([] if cache is None else [cache.slots])]
+    tensors, integers = [q, k, v, by.angles, *pages], [by.positions, *([] if cache is None else [cache.slots])]
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype == q.dtype and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 for t in tensors)
         and all(stride % _VECTOR == 0 for t in tensors for stride in t.stride()[:-1])
-        and angles.is_contiguous()
+        and by.angles.is_contiguous()
         and all(t.dtype == torch.int64 and t.is_contiguous() for t in integers)
-        and head_size % _VECTOR == 0
-        and rotated % (2 * _VECTOR if halves else _VECTOR) == 0
-        and rotated <= head_size
+        and by.head_size % _VECTOR == 0
+        and by.rotated % (2 * _VECTOR if by.halves else _VECTOR) == 0
+        and by.rotated <= by.head_size
         and v.shape == k.shape
-        and (cache is None or (cache.keys.stride() == cache.values.stride() and cache.keys.shape[-1] == head_size))
+        and (cache is None or (cache.keys.stride() == cache.values.stride() and cache.keys.shape[-1] == by.head_size))
     )
 
 
-def rope(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    angles: Tensor,
-    head_size: int,
-    halves: bool,
-    cache: Cache | None,
-    gpu: nvrtc.Launcher,
-) -> tuple[Tensor, Tensor]:
-    """q [tokens, heads · head_size] and k, turned by their positions [tokens] int64; k and v also go to the cache.
+def rope(q: Tensor, k: Tensor, v: Tensor, by: Turn, cache: Cache | None, gpu: nvrtc.Launcher) -> tuple[Tensor, Tensor]:
+    """q [tokens, heads · head size] and k [tokens, KV heads · head size], turned; k and v also go to the cache.
 
-    angles [positions, rotated]: as many cosines as sines, rotated / 2 of each. halves: column i of a head turns with
-    i + rotated / 2 ("neox"), else 2i with 2i + 1; columns beyond `rotated` stay. takes() is true of all.
-    RoPE: https://arxiv.org/abs/2104.09864
+    takes() is true of all. RoPE: https://arxiv.org/abs/2104.09864
     """
-    tokens, heads, kv_heads = len(q), q.shape[-1] // head_size, k.shape[-1] // head_size
+    tokens, heads, kv_heads = len(q), q.shape[-1] // by.head_size, k.shape[-1] // by.head_size
     to_q, to_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    rotated = angles.shape[-1]
-    turned = rotated // (16 if halves else 8) + (head_size - rotated) // 8
-    threads = (heads + kv_heads) * turned + kv_heads * head_size // 8
-    source = _source(q.dtype, head_size, rotated, halves)
+    turned = by.rotated // (16 if by.halves else 8) + (by.head_size - by.rotated) // 8
+    threads = (heads + kv_heads) * turned + kv_heads * by.head_size // 8
+    source = _source(q.dtype, by.head_size, by.rotated, by.halves)
     into = (None, None, None) if cache is None else (cache.keys, cache.values, cache.slots)
-    tensors = (q, k, v, positions, angles, into[2], to_q, to_k, *into[:2])
+    tensors = (q, k, v, by.positions, by.angles, into[2], to_q, to_k, *into[:2])
     places = (0, 1, 0, 0, 0) if cache is None else (len(cache.slots), cache.keys.shape[1], *cache.keys.stride()[:3])
     sizes = (q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, *places)
     if tokens:

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from glq import nvrtc
 from glq.custom_op import custom_op, register_fake
 from glq.ops import cuda_rope
-from glq.ops.cuda_rope import Cache
+from glq.ops.cuda_rope import Cache, Turn
 
 _SPLIT = "vllm::unified_kv_cache_update"
 _OP = "+rotary_embedding"
@@ -54,10 +54,11 @@ def rope_and_cache(
     value [tokens, heads, head_size]; positions and cos_sin_cache as _C::rotary_embedding has them.
     """
     _, layer, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
-    q, k, v, at = query.flatten(1), key.flatten(1), value.flatten(1), positions.flatten()
+    q, k, v = query.flatten(1), key.flatten(1), value.flatten(1)
+    by = Turn(positions.flatten(), cos_sin_cache, head_size, is_neox)
     cache = None if slots is None else _cache(layer.impl, kv_cache, k, slots)
-    if cuda_rope.works(q.device) and cuda_rope.takes(q, k, v, at, cos_sin_cache, head_size, is_neox, cache):
-        turned = cuda_rope.rope(q, k, v, at, cos_sin_cache, head_size, is_neox, cache, nvrtc.gpu(q.device))
+    if cuda_rope.works(q.device) and cuda_rope.takes(q, k, v, by, cache):
+        turned = cuda_rope.rope(q, k, v, by, cache, nvrtc.gpu(q.device))
     else:
         cache, turned = None, (q.clone(), k.clone())
         torch.ops._C.rotary_embedding(positions, *turned, head_size, cos_sin_cache, is_neox)
