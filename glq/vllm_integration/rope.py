@@ -22,9 +22,9 @@ _OP = "+rotary_embedding"
 
 
 def prepare_config(config: Any) -> bool:
-    """Whether vLLM will compile the write to the cache with what is ahead of it, and keep the embedding one node.
+    """Have vLLM compile the write to the cache with what is ahead of it, the embedding one node; False: not.
 
-    Not where layers' names are constants of graphs, which would all be compiled then, nor for other embeddings.
+    Not where layers' names are constants of graphs, which would all be compiled then, and not with other embeddings.
     """
     compilation, model = config.compilation_config, config.model_config
     splits = compilation.splitting_ops or []
