@@ -90,7 +90,7 @@ class GraphedForward:
         inputs = tree_unflatten(kept, structure)
         self._next = partial(self._forward, **cache, **inputs)
         device = self._inputs[0].device
-        if not self._fused or not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+        if not self._fused or not nvrtc.compiles_for(device):
             return self._next()
         output, recording = record(self._next)
         self._try(recording, device)

@@ -89,6 +89,11 @@ def available() -> bool:
     return True
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether they can, for a CUDA device that has the instructions of all of them: from sm_80 on."""
+    return available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class Launcher(Protocol):
     """What runs kernels on one device."""
 

@@ -104,7 +104,6 @@ def takes(layout: PageLayout, device: torch.device, dtype: torch.dtype, queries:
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
-        and nvrtc.available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and nvrtc.compiles_for(device)
         and not cuda_attend.refusal(layout, queries or layout.heads, dtype)
     )

@@ -40,7 +40,7 @@ class Cache:
 @cache
 def works(device: torch.device) -> bool:
     """Whether CUDA C++ compiles and loads here, and the kernel computes what PyTorch does."""
-    if device.type != "cuda" or not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or not nvrtc.compiles_for(device):
         return False
     try:
         _try_out(device)

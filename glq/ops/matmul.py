@@ -71,7 +71,7 @@ def has_cuda_kernel(x: Tensor, codec: str) -> bool:
 @cache
 def _nvrtc_works(device: torch.device) -> bool:
     """Whether CUDA C++ compiles and loads here; where it does not, Triton has every kernel, too."""
-    if not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+    if not nvrtc.compiles_for(device):
         return False
     try:
         gpu = nvrtc.gpu(device)

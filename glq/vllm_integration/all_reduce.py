@@ -57,7 +57,7 @@ def _open(group: Any, dtype: torch.dtype) -> Inboxes | None:
     if peers is None or peers.disabled or peers.mnnvl_only:
         return None
     try:  # before any rank waits for what another one sends
-        ready = nvrtc.available() and nvrtc.gpu(group.device).arch >= 80
+        ready = nvrtc.compiles_for(group.device)
         if ready:
             cuda_all_reduce.source(dtype, group.world_size).cubin(f"sm_{nvrtc.gpu(group.device).arch}")
     except Exception as error:  # noqa: BLE001 (NVRTC and the driver have kinds of their own)

@@ -91,8 +91,7 @@ def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:
     for old in list(norm.users):  # the sum; none after the last layer
         old.replace_all_uses_with(total)
         erase(graph, old)
-    if not total.users:
-        graph.erase_node(total)
+    erase(graph, total)
     return True
 
 

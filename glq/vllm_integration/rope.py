@@ -18,7 +18,7 @@ from glq.ops import cuda_rope
 from glq.ops.cuda_rope import Cache, Turn
 
 _SPLIT = "vllm::unified_kv_cache_update"
-_OP = "+rotary_embedding"
+_OP = "rotary_embedding"
 
 
 def prepare_config(config: Any) -> bool:
@@ -30,11 +30,11 @@ def prepare_config(config: Any) -> bool:
     splits = compilation.splitting_ops or []
     if model is None or model.use_mla or model.uses_mrope or not _USE_LAYERNAME:
         return False
-    if _SPLIT not in splits or f"-{_OP[1:]}" in compilation.custom_ops or config.parallel_config.use_ubatching:
+    if _SPLIT not in splits or f"-{_OP}" in compilation.custom_ops or config.parallel_config.use_ubatching:
         return False
     splits.remove(_SPLIT)
-    if _OP not in compilation.custom_ops:
-        compilation.custom_ops.append(_OP)
+    if f"+{_OP}" not in compilation.custom_ops:
+        compilation.custom_ops.append(f"+{_OP}")
     return True
 
 
@@ -69,16 +69,7 @@ def rope_and_cache(
 
 
 @register_fake("rope_and_cache")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    cos_sin_cache: Tensor,
-    head_size: int,
-    is_neox: bool,
-    layer_name: LayerNameType,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(0)
 
 

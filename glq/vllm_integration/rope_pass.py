@@ -60,8 +60,8 @@ def _fuse(graph: Graph, update: Any) -> bool:
     turned: Any = key.args[0] if is_call(key, getitem) and key.args[1] == 2 else None
     if not is_call(turned, auto_functionalized) or turned.args != (torch.ops._C.rotary_embedding.default,):
         return False
-    given = dict(turned.kwargs)
-    if given.pop("rope_dim_offset", 0) or given.pop("inverse", False):
+    given = turned.kwargs
+    if given.get("rope_dim_offset", 0) or given.get("inverse", False):
         return False
     if not all(is_call(user, getitem) and user.args[1] in (1, 2) for user in turned.users):
         return False
@@ -74,9 +74,7 @@ def _fuse(graph: Graph, update: Any) -> bool:
     erase(graph, update)
     for old in list(turned.users):
         old.replace_all_uses_with(parts[old.args[1] - 1])
-        graph.erase_node(old)
-    graph.erase_node(turned)
+        erase(graph, old)
     for part in parts:
-        if not part.users:
-            graph.erase_node(part)
+        erase(graph, part)
     return True
