@@ -165,7 +165,7 @@ class Gpu:
         return self.arenas.get(count)
 
     def _stream(self) -> Any:
-        handle = torch.cuda.current_stream(self._index).cuda_stream
+        handle = torch._C._cuda_getCurrentRawStream(self._index)  # as Triton does: no object, so a tenth of the time
         if handle not in self._streams:
             self._streams[handle] = _core().Stream.from_handle(handle)
         return self._streams[handle]

@@ -16,10 +16,11 @@ from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops import matmul as op_module
-from glq.ops.cuda_decode import Plan, make_plan, matmul, max_tokens
+from glq.ops.cuda_decode import Plan, make_plan, max_tokens
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.inputs import NORM, PLAIN, SILU, plain
 from glq.ops.matmul import MANY, matmul_reference
+from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -46,13 +47,27 @@ def error(y, x, weight):
     return ((y.double() - exact).norm() / (plain.double() - exact).norm()).item()
 
 
+def multiply(module, x, w, gpu, plan):
+    """By the kernel of a module, for one plan."""
+    tokens = () if module is cuda_decode else (len(x),)
+    return module.make_product(plan, *tokens, PLAIN, of(w), x.device, gpu)(plain(x), w.codes, w.scale, w.signs)
+
+
+def of(w):
+    return Matrix(w.codec, w.scale.dtype, w.out_features, w.in_features, w.block)
+
+
+def few(x, w, gpu, plan=None):
+    return multiply(cuda_decode, x, w, gpu, plan or make_plan(len(x), PLAIN, x.dtype, of(w), gpu))
+
+
 def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float16, plan=None, scale=torch.float16):
     x, weight = problem(name, tokens, out_features, in_features, block, dtype, scale)
-    y = matmul(plain(x), weight, gpu, plan)
+    y = few(x, weight, gpu, plan)
     assert y.shape == (tokens, out_features)
     assert y.dtype == dtype
     assert error(y, x, weight) < 2
-    assert torch.equal(y, matmul(plain(x), weight, gpu, plan))
+    assert torch.equal(y, few(x, weight, gpu, plan))
 
 
 @emulated
@@ -109,7 +124,7 @@ def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, blo
     x, weight = problem(name, tokens, rows, cols, block, dtype)
     gpu = Emulator(2, resident=parts)  # no more blocks at a time than have a tile together: it waits for no other
     plan = cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape, parts)
-    assert error(cuda_batch.matmul(plain(x), weight, gpu, plan), x, weight) < 2
+    assert error(multiply(cuda_batch, x, weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
@@ -129,8 +144,7 @@ def test_batch_of_every_shape(name, shape, parts):
 
 def test_batches_have_plans_for_every_matrix():
     for tokens, rows, cols in product((17, 32, 33, 64, 65, 128, 200), (1, 130, 4096, 28672), (64, 200, 14336)):
-        weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
-        plan = cuda_batch.make_plan(tokens, torch.float16, weight, 132)
+        plan = cuda_batch.make_plan(tokens, torch.float16, Matrix("trellis-4", torch.float16, rows, cols, 0), 132)
         if plan is None:
             assert tokens > 64
             continue
@@ -147,7 +161,7 @@ def check_prompt(name, tokens, rows, cols, shape, clusters, dtype=torch.float16,
     x, weight = problem(name, tokens, rows, cols, block, dtype)
     gpu = Emulator(2, resident=6)
     plan = cuda_prompt.fill(TRELLISES[name], dtype, torch.float16, shape, clusters)
-    assert error(cuda_prompt.matmul(plain(x), weight, gpu, plan), x, weight) < 2
+    assert error(multiply(cuda_prompt, x, weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
@@ -182,8 +196,8 @@ def test_prompt_shares_tiles(clusters):
 @pytest.mark.parametrize("cols", [64, 200, 14336])
 @pytest.mark.parametrize("multiprocessors", [1, 78, 132])
 def test_every_cluster_of_prompt_has_a_unit(tokens, rows, cols, multiprocessors):
-    weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
-    plan = cuda_prompt.make_plan(tokens, torch.float16, weight, multiprocessors)
+    matrix = Matrix("trellis-4", torch.float16, rows, cols, 0)
+    plan = cuda_prompt.make_plan(tokens, torch.float16, matrix, multiprocessors)
     assert plan.shape in PROMPT_SHAPES
     assert 1 <= plan.clusters <= max(1, multiprocessors // 2)
     assert plan.clusters <= plan.tiles(tokens, rows) * -(-cols // 64)
@@ -205,8 +219,8 @@ def test_products_of_warpgroups_keep_their_pipeline():
 
 def test_prompt_fills_the_gpu():
     for tokens, rows, cols in product((65, 128, 200, 512, 2000), (1024, 4096, 14336), (4096, 14336)):
-        weight = PackedLinear("trellis-4", rows, cols, 0, torch.empty(0), torch.empty(0).half(), torch.empty(0))
-        assert cuda_prompt.make_plan(tokens, torch.float16, weight, 132).clusters >= 60
+        matrix = Matrix("trellis-4", torch.float16, rows, cols, 0)
+        assert cuda_prompt.make_plan(tokens, torch.float16, matrix, 132).clusters >= 60
 
 
 @emulated
@@ -312,19 +326,20 @@ SHARED_MEMORY = {80: 164, 90: 228, 100: 228, 103: 228}  # KB of a multiprocessor
 @emulated
 def test_shared_memory_that_begins_elsewhere_is_not_silently_wrong():
     x, weight = problem("trellis-4", 3, 70, 128, 64, torch.bfloat16)
-    assert matmul(plain(x), weight, Emulator(2, begin=2048)).isnan().all()
+    assert few(x, weight, Emulator(2, begin=2048)).isnan().all()
     with pytest.raises(GlqError, match="computes something else"):
         try_out(Emulator(1, begin=2048))
 
 
 def plans(arch):
     gpu = Emulator(132, SHARED_MEMORY.get(arch, 100) * 1024)
-    for codec in TRELLISES.values():
+    for name in TRELLISES:
         for tokens in (1, 8, 16, max_tokens(arch)):
-            for tiles in ((64, 64), (224, 64), (64, 224)):
+            for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336)):
                 for kind in (PLAIN, SILU, NORM):
-                    plan = make_plan(codec, torch.float16, torch.float16, tokens, tiles, 2048, gpu, kind)
-                    assert plan.fits(64 * tiles[1], gpu)
+                    matrix = Matrix(name, torch.float16, rows, cols, 2048)
+                    plan = make_plan(tokens, kind, torch.float16, matrix, gpu)
+                    assert plan.fits(cols, gpu)
                     yield plan
 
 
@@ -349,9 +364,9 @@ def test_on_a_gpu(name, dtype):
     for tokens in (1, 2, 7, 8, 16, 33, 64):
         for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
-            y = matmul(plain(x), weight, gpu)
+            y = few(x, weight, gpu)
             assert error(y, x, weight) < 2
-            assert torch.equal(y, matmul(plain(x), weight, gpu))
+            assert torch.equal(y, few(x, weight, gpu))
 
 
 @pytest.mark.skipif(
@@ -364,20 +379,15 @@ def test_many_tokens_on_a_gpu(name, dtype):
     for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
         for tokens in (65, 100, 128, 200, 513, 2000):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
-            y = cuda_prompt.matmul(plain(x), weight, gpu)
+            plan = cuda_prompt.make_plan(tokens, dtype, of(weight), gpu.multiprocessors)
+            y = multiply(cuda_prompt, x, weight, gpu, plan)
             assert error(y, x, weight) < 2
-            assert torch.equal(y, cuda_prompt.matmul(plain(x), weight, gpu))
+            assert torch.equal(y, multiply(cuda_prompt, x, weight, gpu, plan))
         for tokens in (17, 40, 128):
-            part = plain(x[:tokens])
             for shape in BATCH_SHAPES:
-                plan = cuda_batch.spread_out(
-                    cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape),
-                    tokens,
-                    out_features,
-                    in_features,
-                    132,
-                )
-                y = cuda_batch.matmul(part, weight, gpu, plan)
+                plan = cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape)
+                plan = cuda_batch.spread_out(plan, tokens, of(weight), gpu.multiprocessors)
+                y = multiply(cuda_batch, x[:tokens], weight, gpu, plan)
                 assert error(y, x[:tokens], weight) < 2
-                assert torch.equal(y, cuda_batch.matmul(part, weight, gpu, plan))
+                assert torch.equal(y, multiply(cuda_batch, x[:tokens], weight, gpu, plan))
         assert error(cuda_dequantize.matmul(x, weight, gpu), x, weight) < 2

@@ -37,8 +37,7 @@ def now(monkeypatch):
         state.ends[graph] = _new_semaphore()
         return state.ends[graph]
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=state.stream))
-    monkeypatch.setattr(exchange, "_capture", lambda _: (state.capture, state.capture or None))
+    monkeypatch.setattr(exchange, "_current", lambda _: (state.stream, state.capture, state.capture or None))
     monkeypatch.setattr(exchange, "_end_of", end_of)
     monkeypatch.setattr(exchange, "_allocate", lambda words, _: torch.empty(words))
     return state

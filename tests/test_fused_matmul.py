@@ -7,13 +7,13 @@ import torch
 from emulator import Emulator
 from torch.nn.functional import silu
 
-from glq.codecs import get_codec
 from glq.ops import cuda_decode
 from glq.ops.cuda_combine import combine
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul, try_out
 from glq.ops.inputs import NORM, SILU, norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, makes_input, matmul, matmul_reference
+from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -87,10 +87,9 @@ def test_some_tokens(kind, tokens):
 def test_one_token_where_shared_memory_is_small():
     """The rotation gets a launch of its own, which makes x then."""
     gpu = Emulator(3, shared_memory=70 * 1024)
-    codec, block = get_codec("trellis-4"), 2048
-    plan = cuda_decode.make_plan(codec, torch.float16, torch.float16, 1, (2, 448), block, gpu, NORM)
-    assert plan.block == 0
-    check(NORM, "trellis-4", 1, 70, 64 * 448, block, torch.float16, gpu)
+    matrix = Matrix("trellis-4", torch.float16, 70, 64 * 448, 2048)
+    assert cuda_decode.make_plan(1, NORM, torch.float16, matrix, gpu).block == 0
+    check(NORM, "trellis-4", 1, 70, 64 * 448, 2048, torch.float16, gpu)
 
 
 @emulated

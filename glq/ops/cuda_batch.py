@@ -1,18 +1,16 @@
 """The product with some tokens on a Hopper GPU: launches ops/batch.cu, for trellis codecs."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import FRAGMENTS, rotate_tiles
+from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
-from glq.ops.inputs import Input
-from glq.packed import PackedLinear
+from glq.ops.cuda_tiled import Product
+from glq.ops.matrix import Matrix
 
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _ROTATION = 3 * 1024  # of them that the next rotation takes
@@ -81,31 +79,22 @@ class Plan:
         return -(-tokens // self.shape.tokens) * -(-out_features // self.shape.rows)
 
 
-def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiprocessors: int) -> Plan | None:
+def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan | None:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
-    codec = get_codec(weight.codec)
-    assert isinstance(codec, Trellis)
-    return _plan(tokens, dtype, codec, weight.scale.dtype, weight.out_features, weight.in_features, multiprocessors)
-
-
-@lru_cache(4096)
-def _plan(
-    tokens: int, dtype: torch.dtype, codec: Trellis, scale: torch.dtype, rows: int, cols: int, multiprocessors: int
-) -> Plan | None:
-    shape = _shape(tokens, rows, cols, codec.signed_lookup, multiprocessors)
+    shape = _shape(tokens, matrix, multiprocessors)
     if shape is None:
         return None
-    return spread_out(fill(codec, dtype, scale, shape), tokens, rows, cols, multiprocessors)
+    return spread_out(fill(matrix.trellis, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
 
 
-def _shape(tokens: int, out_features: int, in_features: int, signed: bool, multiprocessors: int) -> Shape | None:
-    small = out_features * in_features < _SMALL
+def _shape(tokens: int, matrix: Matrix, multiprocessors: int) -> Shape | None:
+    small, signed = matrix.rows * matrix.cols < _SMALL, matrix.trellis.signed_lookup
     if tokens <= 32:
         return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
-        tall = out_features > 128 * multiprocessors  # too tall for all tiles of 128 rows at once, not for those of 256
+        tall = matrix.rows > 128 * multiprocessors  # too tall for all tiles of 128 rows at once, not for those of 256
         return Shape(64, 2, 1, 3) if small else Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
-    if tokens <= 128 and (small or in_features > out_features):
+    if tokens <= 128 and (small or matrix.cols > matrix.rows):
         return Shape(128, 4, 2, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 2, 1, 2)
     return None
 
@@ -117,26 +106,28 @@ def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, p
     return Plan(codec, dtype, scale, shape, copies, min(_MAX_STAGES, (left - _BARRIERS) // stage), parts)
 
 
-def spread_out(plan: Plan, tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) -> Plan:
     """The same, with as many blocks for each tile of y as there are multiprocessors for, up to _MAX_PARTS."""
-    parts = multiprocessors // plan.tiles(tokens, out_features)
-    return replace(plan, parts=max(1, min(parts, -(-in_features // 64), _MAX_PARTS)))
+    parts = multiprocessors // plan.tiles(tokens, matrix.rows)
+    return replace(plan, parts=max(1, min(parts, matrix.tiles[1], _MAX_PARTS)))
 
 
-def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in], on a GPU whose arch is 90."""
-    trellis = get_codec(weight.codec)
-    assert isinstance(trellis, Trellis)
-    tokens, rows = len(x), weight.out_features
-    row_tiles, col_tiles, _ = weight.codes.shape
-    tiles = plan.tiles(tokens, rows)
+def make_product(
+    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
+) -> Product:
+    """For x of that kind, on a GPU whose arch is 90."""
+    tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.parts <= col_tiles
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
-    rotated = rotate_tiles(x, weight.signs, weight.block, padded, FRAGMENTS, gpu)
-    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    sums = tiles * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens
-    table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(sums)
-    tensors = (weight.codes, rotated, table, weight.scale, y, handed)
-    sizes = (tokens, padded, rows, row_tiles, col_tiles, plan.parts)
-    gpu.launch(plan.source, "batch", tiles * plan.parts, plan.shape.threads, plan.shared, *tensors, *sizes)
-    return y
+    return Product(
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
+        device_table(plan.codec, device, plan.dtype),
+        plan.source,
+        "batch",
+        tiles * plan.parts,
+        plan.shape.threads,
+        plan.shared,
+        tiles * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens,
+        (tokens, padded, matrix.rows, row_tiles, col_tiles, plan.parts),
+        gpu,
+    )

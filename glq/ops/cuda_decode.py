@@ -1,20 +1,19 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
-from glq.ops.cuda_rotate import TILES, by_warps, rotate_tiles
+from glq.ops.cuda_rotate import TILES, Rotation, by_warps, rotation
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
 from glq.ops.inputs import NORM, PLAIN, Input, plain
-from glq.packed import PackedLinear
+from glq.ops.matrix import Matrix
 
 
 @dataclass(frozen=True)
@@ -90,55 +89,58 @@ def max_tokens(arch: int) -> int:
     return 64 if arch in (80, 90) else 32
 
 
-@lru_cache(4096)
-def make_plan(
-    codec: Trellis,
-    dtype: torch.dtype,
-    scale: torch.dtype,
-    tokens: int,
-    tiles: tuple[int, int],
-    block: int,
-    gpu: nvrtc.Launcher,
-    kind: int = PLAIN,
-) -> Plan:
-    """What was fastest on an H100 for a matrix of so many row and column tiles (docs/benchmarks.md).
+def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: nvrtc.Launcher) -> Plan:
+    """What was fastest on an H100 (docs/benchmarks.md), for x of that kind.
 
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
     multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
     """
-    few = tiles[0] * tiles[1] < 3 * 16 * gpu.multiprocessors
-    width = block if tokens == 1 and by_warps(block) else 0
+    codec, (row_tiles, col_tiles) = matrix.trellis, matrix.tiles
+    few = row_tiles * col_tiles < 3 * 16 * gpu.multiprocessors
+    width = matrix.block if tokens == 1 and by_warps(matrix.block) else 0
     shapes = [(2, 8), (2, 4)] if tokens <= 16 else [(2, 4), (4, 2)]
     if few:
         shapes.insert(0, (1, 16 if tokens <= 8 else 8))
     for copies, (wr, wk) in product((copies_in(codec, size) for size in (128, 64, 32)), shapes):
-        plan = Plan(codec, dtype, scale, tokens, wr, wk, copies, width, kind if width else PLAIN)
-        if plan.fits(64 * tiles[1], gpu):
+        plan = Plan(codec, dtype, matrix.scale, tokens, wr, wk, copies, width, kind if width else PLAIN)
+        if plan.fits(64 * col_tiles, gpu):
             return plan
     if width == 0:
         raise GlqError(f"the kernel for {tokens} tokens needs more shared memory than this GPU has")
-    return make_plan(codec, dtype, scale, tokens, tiles, 1, gpu, kind)  # rotated in a launch of its own
+    return make_plan(tokens, kind, dtype, matrix._replace(block=1), gpu)  # rotated in a launch of its own
 
 
-def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in] with 1 to max_tokens(gpu.arch) tokens."""
-    tokens, in_features = x.shape
-    trellis = get_codec(weight.codec)
-    assert isinstance(trellis, Trellis)
-    row_tiles, col_tiles, _ = weight.codes.shape
-    if plan is None:
-        plan = make_plan(
-            trellis, x.dtype, weight.scale.dtype, tokens, (row_tiles, col_tiles), weight.block, gpu, x.kind
-        )
+@dataclass(frozen=True, eq=False)
+class Product:
+    """For matrices of one size and one number of tokens: all of its launches but the tensors."""
+
+    plan: Plan
+    rotation: Rotation | None  # None: x is rotated in the kernel
+    table: Tensor
+    grid: int
+    shared: int
+    sizes: tuple[int, ...]  # tokens, rows, columns, …
+    gpu: nvrtc.Launcher
+
+    def __call__(self, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
+        """x [tokens, in] and the tensors of a PackedLinear → [tokens, out]."""
+        plan, (tokens, rows, *_) = self.plan, self.sizes
+        y = x.first.new_empty(tokens, rows)
+        if self.rotation is not None:
+            x = plain(self.rotation(x, signs))
+        sums = self.grid * plan.wr * 64 * tokens
+        own = x.first.new_empty(sums, dtype=torch.float32)
+        tensors = (codes, *x.tensors, signs, self.table, scale, y, self.gpu.exchange(sums), own)
+        self.gpu.launch(plan.source, "decode", self.grid, plan.threads, self.shared, *tensors, *x.sizes, *self.sizes)
+        return y
+
+
+def make_product(plan: Plan, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher) -> Product:
+    """For x of that kind, of as many tokens as the plan is for: at most max_tokens(gpu.arch)."""
+    row_tiles, col_tiles = matrix.tiles
     units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
     grid = min(units, gpu.multiprocessors)
-    y = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
-    table = device_table(trellis, x.device, x.dtype)
-    if not plan.block:
-        x = plain(rotate_tiles(x, weight.signs, weight.block, plan.held, TILES, gpu))
-    sums = grid * plan.wr * 64 * tokens
-    own = torch.empty(sums, dtype=torch.float32, device=x.device)
-    tensors = (weight.codes, *x.tensors, weight.signs, table, weight.scale, y, gpu.exchange(sums), own)
-    sizes = (*x.sizes, tokens, weight.out_features, in_features, row_tiles, col_tiles, units // grid, units % grid)
-    gpu.launch(plan.source, "decode", grid, plan.threads, plan.shared(64 * col_tiles), *tensors, *sizes)
-    return y
+    made = (plan.tokens, kind, plan.dtype, matrix.cols, matrix.block, plan.held, TILES, gpu)
+    sizes = (plan.tokens, matrix.rows, matrix.cols, row_tiles, col_tiles, units // grid, units % grid)
+    table, shared = device_table(plan.codec, device, plan.dtype), plan.shared(64 * col_tiles)
+    return Product(plan, None if plan.block else rotation(*made), table, grid, shared, sizes, gpu)

@@ -83,9 +83,9 @@ def own_basis_tokens(out_features: int) -> int:
     return -(-out_features // _ROW_SHARE)
 
 
-def in_own_basis(weight: PackedLinear, tokens: int) -> bool:
+def in_own_basis(out_features: int, block: int, tokens: int) -> bool:
     """Whether W is made in the model's basis for so many tokens."""
-    return unrotates(weight.block) and tokens >= own_basis_tokens(weight.out_features)
+    return unrotates(block) and tokens >= own_basis_tokens(out_features)
 
 
 @lru_cache(4096)
@@ -127,7 +127,7 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
     (tokens, in_features), rows = x.shape, weight.out_features
-    own_basis = in_own_basis(weight, tokens)
+    own_basis = in_own_basis(rows, weight.block, tokens)
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
     step = max(1, AT_ONCE // in_features // 64) * 64

@@ -1,18 +1,16 @@
 """The product with many tokens on a Hopper GPU: launches ops/prompt.cu, for trellis codecs."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import FRAGMENTS, rotate_tiles
+from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
-from glq.ops.inputs import Input
-from glq.packed import PackedLinear
+from glq.ops.cuda_tiled import Product
+from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
 _SMALL = 1 << 25  # weights of a matrix
@@ -61,20 +59,11 @@ class Plan:
         return -(-tokens // self.shape.tokens) * -(-out_features // (self.rows * self.shape.cluster))
 
 
-def make_plan(tokens: int, dtype: torch.dtype, weight: PackedLinear, multiprocessors: int) -> Plan:
+def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for many tokens")."""
-    codec = get_codec(weight.codec)
-    assert isinstance(codec, Trellis)
-    return _plan(tokens, dtype, codec, weight.scale.dtype, weight.out_features, weight.in_features, multiprocessors)
-
-
-@lru_cache(4096)
-def _plan(
-    tokens: int, dtype: torch.dtype, codec: Trellis, scale: torch.dtype, rows: int, cols: int, multiprocessors: int
-) -> Plan:
-    few = tokens <= 128 or (tokens <= 256 and rows * cols < _SMALL)
-    shape = Shape(128 if few else 256, 2)
-    return spread_out(fill(codec, dtype, scale, shape), tokens, rows, cols, multiprocessors)
+    few = tokens <= 128 or (tokens <= 256 and matrix.rows * matrix.cols < _SMALL)
+    plan = fill(matrix.trellis, dtype, matrix.scale, Shape(128 if few else 256, 2))
+    return spread_out(plan, tokens, matrix, multiprocessors)
 
 
 def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clusters: int = 1) -> Plan:
@@ -85,29 +74,31 @@ def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, c
     return Plan(codec, dtype, scale, shape, copies, holes if spread(codec, copies) else min(8, room), clusters)
 
 
-def spread_out(plan: Plan, tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) -> Plan:
     """The same, with as many clusters as the GPU runs at a time, or tiles cut into equal parts if nearly as many."""
     clusters = max(1, multiprocessors // plan.shape.cluster)
-    tiles, col_tiles = plan.tiles(tokens, out_features), -(-in_features // 64)
+    tiles, col_tiles = plan.tiles(tokens, matrix.rows), matrix.tiles[1]
     even = min(clusters // tiles, col_tiles) * tiles
     return replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
 
 
-def matmul(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher, plan: Plan | None = None) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in], on a GPU whose arch is ARCH."""
-    trellis = get_codec(weight.codec)
-    assert isinstance(trellis, Trellis)
-    plan = plan or make_plan(len(x), x.dtype, weight, gpu.multiprocessors)
-    tokens, rows = len(x), weight.out_features
-    row_tiles, col_tiles, _ = weight.codes.shape
-    tiles, blocks = plan.tiles(tokens, rows), plan.clusters * plan.shape.cluster
+def make_product(
+    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
+) -> Product:
+    """For x of that kind, on a GPU whose arch is ARCH."""
+    tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.clusters <= tiles * col_tiles
+    blocks = plan.clusters * plan.shape.cluster
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
-    rotated = rotate_tiles(x, weight.signs, weight.block, padded, FRAGMENTS, gpu)
-    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    slots = blocks if tiles % plan.clusters else 0  # of sums that blocks hand over
-    table, handed = device_table(trellis, x.device, x.dtype), gpu.exchange(slots * plan.rows * plan.shape.tokens)
-    tensors = (weight.codes, rotated, table, weight.scale, y, handed)
-    sizes = (tokens, padded, rows, row_tiles, col_tiles)
-    gpu.launch(plan.source, "prompt", blocks, plan.threads, plan.shared, *tensors, *sizes)
-    return y
+    return Product(
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
+        device_table(plan.codec, device, plan.dtype),
+        plan.source,
+        "prompt",
+        blocks,
+        plan.threads,
+        plan.shared,
+        (blocks if tiles % plan.clusters else 0) * plan.rows * plan.shape.tokens,
+        (tokens, padded, matrix.rows, row_tiles, col_tiles),
+        gpu,
+    )

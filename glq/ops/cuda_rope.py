@@ -84,12 +84,20 @@ def reference(x: Tensor, by: Turn) -> Tensor:
 
 def takes(q: Tensor, k: Tensor, v: Tensor, by: Turn, cache: Cache | None) -> bool:
     """Whether the kernel takes these, as `rope` does: 16-bit values of one type, in whole pieces of 16 bytes."""
-    pages = [] if cache is None else [cache.keys, cache.values]
-    tensors, integers = [q, k, v, by.angles, *pages], [by.positions, *([] if cache is None else [cache.slots])]
+    tensors = (q, k, v, by.angles) if cache is None else (q, k, v, by.angles, cache.keys, cache.values)
+    addresses = steps = 0  # of which none has a low bit: all at once, as this is asked of every layer
+    for t in tensors:
+        *outer, last = t.stride()
+        if t.dtype != q.dtype or last != 1:
+            return False
+        addresses |= t.data_ptr()
+        for stride in outer:
+            steps |= stride
+    integers = (by.positions,) if cache is None else (by.positions, cache.slots)
     return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and all(t.dtype == q.dtype and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 for t in tensors)
-        and all(stride % _VECTOR == 0 for t in tensors for stride in t.stride()[:-1])
+        addresses % 16 == 0
+        and steps % _VECTOR == 0
+        and q.dtype in (torch.float16, torch.bfloat16)
         and by.angles.is_contiguous()
         and all(t.dtype == torch.int64 and t.is_contiguous() for t in integers)
         and by.head_size % _VECTOR == 0
@@ -105,21 +113,33 @@ def rope(q: Tensor, k: Tensor, v: Tensor, by: Turn, cache: Cache | None, gpu: nv
 
     takes() is true of all. RoPE: https://arxiv.org/abs/2104.09864
     """
-    tokens, heads, kv_heads = len(q), q.shape[-1] // by.head_size, k.shape[-1] // by.head_size
-    to_q, to_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    turned = by.rotated // (16 if by.halves else 8) + (by.head_size - by.rotated) // 8
-    threads = (heads + kv_heads) * turned + kv_heads * by.head_size // 8
-    source = _source(q.dtype, by.head_size, by.rotated, by.halves)
-    into = (None, None, None) if cache is None else (cache.keys, cache.values, cache.slots)
-    tensors = (q, k, v, by.positions, by.angles, into[2], to_q, to_k, *into[:2])
-    places = (0, 1, 0, 0, 0) if cache is None else (len(cache.slots), cache.keys.shape[1], *cache.keys.stride()[:3])
-    sizes = (q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, *places)
+    (tokens, columns), kv_columns, size = q.shape, k.shape[1], by.head_size
+    to_q, to_k = q.new_empty(tokens, columns), k.new_empty(tokens, kv_columns)
+    source, blocks = _plan(q.dtype, columns // size, kv_columns // size, size, by.rotated, by.halves)
+    slots, keys, values, *places = (None, None, None, 0, 1, 0, 0, 0) if cache is None else _places(cache)
+    tensors = (q, k, v, by.positions, by.angles, slots, to_q, to_k, keys, values)
+    sizes = (q.stride(0), k.stride(0), v.stride(0), columns // size, kv_columns // size, *places)
     if tokens:
-        gpu.launch(source, "rope", (tokens, -(-threads // _THREADS)), _THREADS, 0, *tensors, *sizes)
+        gpu.launch(source, "rope", (tokens, blocks), _THREADS, 0, *tensors, *sizes)
     return to_q, to_k
 
 
+def _places(cache: Cache) -> tuple[Tensor, Tensor, Tensor, int, int, int, int, int]:
+    keys, slots = cache.keys, cache.slots
+    page, token, head, _ = keys.stride()
+    return slots, keys, cache.values, slots.shape[0], keys.shape[1], page, token, head
+
+
 @lru_cache
+def _plan(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, rotated: int, halves: bool
+) -> tuple[nvrtc.Source, int]:
+    """And how many blocks of threads have a token."""
+    turned = rotated // (16 if halves else 8) + (head_size - rotated) // 8
+    threads = (heads + kv_heads) * turned + kv_heads * head_size // 8
+    return _source(dtype, head_size, rotated, halves), -(-threads // _THREADS)
+
+
 def _source(dtype: torch.dtype, head_size: int, rotated: int, halves: bool) -> nvrtc.Source:
     macros = {"BF16": int(dtype == torch.bfloat16), "HEAD": head_size, "ROTATED": rotated, "HALVES": int(halves)}
     return nvrtc.Source(("ops/ptx.cuh", "ops/rope.cu"), tuple(macros.items()))

@@ -1,5 +1,6 @@
 """The rotation of x on an NVIDIA GPU, into the order in which the kernels read it: launches ops/rotate.cu."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,10 +16,36 @@ _TOGETHER = 8  # tokens of a block of threads at once, where there are more
 _CHUNK = 256 * (4 * _TOGETHER + 2)  # bytes of shared memory for 256 columns of them, and their signs
 
 
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A launch for x of one shape, but for its tensors."""
+
+    source: nvrtc.Source
+    name: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    out: tuple[int, ...]  # shape of what is written
+    sizes: tuple[int | None, ...]  # the last arguments
+    odd: int  # part of a block that warps do not divide, or 0
+    gpu: nvrtc.Launcher
+
+    def __call__(self, x: Input, signs: Tensor) -> Tensor:
+        out = x.first.new_empty(self.out)
+        given: tuple[Tensor | int, ...]
+        if self.name == "rotate_chunks":
+            given = (*x.tensors, signs, out, *x.sizes)
+        elif self.odd:
+            given = (x.first, signs, hartley(self.odd, torch.float32, x.device), out)
+        else:
+            given = (x.first, signs, out)
+        self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *given, *self.sizes)
+        return out
+
+
 def rotate_tiles(x: Input, signs: Tensor, block: int, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
     """x [tokens, in] → [column tiles, held ≥ tokens, 72 (TILES) or 64]; rows beyond are not written."""
-    tiles = x.first.new_empty(-(-x.shape[1] // 64), held, 72 if layout == TILES else 64)
-    return _rotate(x, signs, block, tiles, held, layout, gpu)
+    return rotation(x.tokens, x.kind, x.dtype, x.shape[1], block, held, layout, gpu)(x, signs)
 
 
 def rotate_pairs(
@@ -29,32 +56,43 @@ def rotate_pairs(
     blocks [1 + most] and slots [tokens · most] int32, as route.cu writes them; what is beyond, or −1, is not read.
     """
     tiles, most = x.new_empty(x.shape[1] // 64, len(slots), 64), len(blocks) - 1
-    gathered = (blocks, slots, each, len(slots), x.shape[1], len(slots) // most)
-    _launch_many(plain(x), signs, block, tiles, SWIZZLED, len(slots), gathered, gpu)
+    source, grid, shared = _source(x.dtype, PLAIN, block, SWIZZLED, True), *_spread(len(slots), x.shape[1], block, gpu)
+    sizes = (each, len(slots), x.shape[1], len(slots) // most)
+    gpu.launch(source, "rotate_many", grid, block // 8, shared, plain(x).first, signs, tiles, blocks, slots, *sizes)
     return tiles
 
 
 def rotate_rows(x: Tensor, signs: Tensor, block: int, gpu: nvrtc.Launcher) -> Tensor:
     """x [tokens, in] fp16 or bf16 → [tokens, 64 · column tiles], filled up with zeros."""
-    out = x.new_empty(len(x), -(-x.shape[1] // 64) * 64)
-    return _rotate(plain(x), signs, block, out, len(x), _ROWS, gpu)
+    return rotation(len(x), PLAIN, x.dtype, x.shape[1], block, len(x), _ROWS, gpu)(plain(x), signs)
 
 
-def _rotate(x: Input, signs: Tensor, block: int, out: Tensor, held: int, layout: int, gpu: nvrtc.Launcher) -> Tensor:
-    tokens, in_features = x.shape
-    source, blocks = _source(x.dtype, x.kind, block, layout), in_features // block
-    assert x.kind == PLAIN or makes(block, tokens)
-    if by_warps(block) and tokens <= FEW:
-        tensors, sizes = (*x.tensors, signs, out), (*x.sizes, held, in_features)
-        gpu.launch(source, "rotate_chunks", (tokens, blocks), block // 8, 0, *tensors, *sizes)
-    elif by_warps(block):
-        _launch_many(x, signs, block, out, layout, tokens, (None, None, 1, held, in_features, tokens), gpu)
-    else:
+@lru_cache(4096)
+def rotation(
+    tokens: int,
+    kind: int,
+    dtype: torch.dtype,
+    in_features: int,
+    block: int,
+    held: int,
+    layout: int,
+    gpu: nvrtc.Launcher,
+) -> Rotation:
+    """Of x [tokens, in_features], as rotate_tiles or, with layout _ROWS, rotate_rows."""
+    col_tiles, blocks = -(-in_features // 64), in_features // block
+    out = (tokens, 64 * col_tiles) if layout == _ROWS else (col_tiles, held, 72 if layout == TILES else 64)
+    source = _source(dtype, kind, block, layout)
+    assert kind == PLAIN or makes(block, tokens)
+    if not by_warps(block):
         odd = odd_part(block)
-        tensors = (x.first, signs, hartley(odd, torch.float32, x.device), out)
-        sizes = (held, in_features, block, odd)
-        gpu.launch(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, *tensors, *sizes)
-    return out
+        sizes: tuple[int | None, ...] = (held, in_features, block, odd)
+        return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
+    if tokens <= FEW:
+        sizes = (held, in_features)
+        return Rotation(source, "rotate_chunks", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
+    sizes = (None, None, 1, held, in_features, tokens)
+    grid, shared = _spread(tokens, in_features, block, gpu)
+    return Rotation(source, "rotate_many", grid, block // 8, shared, out, sizes, 0, gpu)
 
 
 @lru_cache(4096)
@@ -65,23 +103,13 @@ def _source(dtype: torch.dtype, kind: int, block: int, layout: int, gather: bool
     return nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/input.cuh", "ops/rotate.cu"), tuple(macros.items()))
 
 
-def _launch_many(
-    x: Input,
-    signs: Tensor,
-    block: int,
-    out: Tensor,
-    layout: int,
-    most: int,
-    gathered: tuple[Tensor | None, Tensor | None, int, int, int, int],
-    gpu: nvrtc.Launcher,
-) -> None:
-    """rotate_many, whose last arguments are `gathered`, for `most` tokens at most."""
-    chunks, columns = block // 256, x.shape[1] // block
+def _spread(most: int, in_features: int, block: int, gpu: nvrtc.Launcher) -> tuple[tuple[int, int], int]:
+    """The grid of rotate_many for `most` tokens at most, and bytes of shared memory a block of threads."""
+    chunks, columns = block // 256, in_features // block
     groups, shared = -(-most // _TOGETHER), chunks * _CHUNK
     resident = max(1, min(16 // chunks, gpu.shared_memory // (shared + nvrtc.RESERVED)))  # on a multiprocessor
     turns = -(-groups // max(1, resident * gpu.multiprocessors // columns))
-    source, grid = _source(x.dtype, x.kind, block, layout, gathered[0] is not None), (-(-groups // turns), columns)
-    gpu.launch(source, "rotate_many", grid, 32 * chunks, shared, x.first, signs, out, *gathered)
+    return (-(-groups // turns), columns), shared
 
 
 def makes(block: int, tokens: int) -> bool:

@@ -13,7 +13,7 @@ from glq import nvrtc
 from glq.custom_op import custom_op, register_fake
 from glq.ops import cuda_combine, cuda_rotate
 from glq.ops.inputs import Input, norm_of, silu_of
-from glq.ops.matmul import compare, cuda_product, has_cuda_kernel, matmul, matmul_reference
+from glq.ops.matmul import compare, cuda_matmul, cuda_product, has_cuda_kernel, matmul, matmul_reference
 from glq.packed import PackedLinear, packed_shapes
 
 
@@ -25,7 +25,8 @@ def silu_matmul(
     if not _is_made(gate, codec):
         return matmul(silu(gate) * up, codes, scale, signs, codec, out_features, block)
     x = silu_of(gate.flatten(0, -2), up.flatten(0, -2))
-    return _product(x, codes, scale, signs, codec, out_features, block).view(*gate.shape[:-1], out_features)
+    y = cuda_matmul(x, codes, scale, signs, codec, out_features, block)
+    return y if gate.ndim == 2 else y.view(*gate.shape[:-1], out_features)
 
 
 @register_fake("silu_matmul")
@@ -56,8 +57,8 @@ def norm_matmul(
         total = x + residual
         return matmul(normed(total, weight, eps), codes, scale, signs, codec, out_features, block), total
     made = norm_of(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
-    y = _product(made, codes, scale, signs, codec, out_features, block)
-    return y.view(*x.shape[:-1], out_features), made.total.view(x.shape)
+    y = cuda_matmul(made, codes, scale, signs, codec, out_features, block)
+    return (y, made.total) if x.ndim == 2 else (y.view(*x.shape[:-1], out_features), made.total.view(x.shape))
 
 
 @register_fake("norm_matmul")
@@ -114,10 +115,3 @@ def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.devi
             y = product(made, PackedLinear("trellis-2", 128, 256, 256, codes, scale, signs))
             compare(y, matmul_reference(x, codes, scale, signs, *given), tokens)
         compare(norm.total, a + b, tokens)
-
-
-def _product(
-    x: Input, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
-) -> Tensor:
-    weight = PackedLinear(codec, out_features, x.shape[1], block, codes, scale, signs)
-    return cuda_product(x, weight, nvrtc.gpu(x.device))

@@ -1,7 +1,8 @@
 """What the x of a product is made of, for kernels that make it while they rotate it (ops/input.cuh)."""
 
 import struct
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +10,11 @@ from torch import Tensor
 PLAIN, SILU, NORM = range(3)  # macro INPUT
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """x [tokens, in] in fp16 or bf16: `first` itself, silu(first) · second, or the RMSNorm of first + second.
 
     Rows of first and second may lie apart, equally far. The sum that is normed goes to `total`.
+    A named tuple, as one is made for every product, in a fifth of the time that a frozen dataclass takes.
     """
 
     kind: int
@@ -35,7 +36,8 @@ class Input:
     def shape(self) -> torch.Size:
         return self.first.shape
 
-    def __len__(self) -> int:
+    @property
+    def tokens(self) -> int:
         return self.first.shape[0]
 
     @property
@@ -46,14 +48,20 @@ class Input:
     @property
     def sizes(self) -> tuple[int, int]:
         """eps as bits of fp32, and columns from one row to the next."""
-        return struct.unpack("i", struct.pack("f", self.eps))[0], self.first.stride(0)
+        return _bits(self.eps), self.first.stride(0)
 
     def split(self, tokens: int) -> list["Input"]:
         """Of at most so many tokens each."""
-        if len(self) <= tokens:
+        if self.tokens <= tokens:
             return [self]
         parts = zip(self.first.split(tokens), self.second.split(tokens), self.total.split(tokens), strict=True)
         return [Input(self.kind, first, second, self.weight, total, self.eps) for first, second, total in parts]
+
+
+@lru_cache
+def _bits(value: float) -> int:
+    bits: int = struct.unpack("i", struct.pack("f", value))[0]
+    return bits
 
 
 def plain(x: Tensor) -> Input:
@@ -70,8 +78,7 @@ def silu_of(gate: Tensor, up: Tensor) -> Input:
 def norm_of(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Input:
     """The RMSNorm of x + residual, both [tokens, in]; their sum goes to `total`."""
     x, residual = _alike(x, residual)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return Input(NORM, x, residual, _aligned(weight), total, eps)
+    return Input(NORM, x, residual, _aligned(weight), x.new_empty(x.shape), eps)
 
 
 def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

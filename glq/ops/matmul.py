@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import product
 
@@ -17,6 +17,7 @@ from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops.inputs import PLAIN, Input, plain
+from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
 
@@ -25,6 +26,7 @@ _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
 MANY = 2049  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
 _MANY_IN_OWN_BASIS = 1792  # … and where that is made in the model's basis, so that x is not rotated
+Product = Callable[[Input, Tensor, Tensor, Tensor], Tensor]  # of x and a PackedLinear's codes, scale and signs
 
 
 @custom_op("matmul")
@@ -33,10 +35,9 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, o
     if x.device.type != "cuda":
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     if has_cuda_kernel(x, codec):
-        weight = PackedLinear(codec, out_features, x.shape[-1], block, codes, scale, signs)
-        return cuda_product(plain(x.reshape(-1, x.shape[-1])), weight, nvrtc.gpu(x.device)).view(
-            *x.shape[:-1], out_features
-        )
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y = cuda_matmul(plain(rows), codes, scale, signs, codec, out_features, block)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
     if not has_triton_kernel(x.device, codec):
         return matmul_reference(x, codes, scale, signs, codec, out_features, block)
     from glq.ops import triton_matmul
@@ -128,20 +129,50 @@ def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
     return cuda_rotate.makes(block, tokens) and (gpu.arch == cuda_prompt.ARCH or tokens <= DECODED)
 
 
+def cuda_matmul(
+    x: Input, codes: Tensor, scale: Tensor, signs: Tensor, codec: str, out_features: int, block: int
+) -> Tensor:
+    """x [tokens, in] · Wᵀ by CUDA C++, on x's GPU; `in` is a multiple of 8 if x is not plain."""
+    device, matrix = x.device, Matrix(codec, scale.dtype, out_features, x.shape[1], block)
+    product = product_for(x.tokens, x.kind, x.dtype, matrix, device, nvrtc.gpu(device))
+    return product(x, codes, scale, signs)
+
+
 def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
-    """By the kernel that is fastest for so many tokens x [tokens, in]; `in` is a multiple of 8 if x is not plain."""
-    tokens, hopper = len(x), gpu.arch == cuda_prompt.ARCH
-    if x.kind != PLAIN and not makes_input(tokens, weight.block, gpu):
-        x = plain(cuda_combine.combine(x, gpu))
+    """The same, by any launcher."""
+    matrix = Matrix(weight.codec, weight.scale.dtype, weight.out_features, weight.in_features, weight.block)
+    return product_for(x.tokens, x.kind, x.dtype, matrix, x.device, gpu)(x, weight.codes, weight.scale, weight.signs)
+
+
+@lru_cache(1 << 14)
+def product_for(
+    tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
+) -> Product:
+    """By the kernel that is fastest for so many tokens. Kept: a model's steps make hundreds of products, all alike."""
+    if kind != PLAIN and not makes_input(tokens, matrix.block, gpu):
+        multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
+        return lambda x, *weight: multiply(plain(cuda_combine.combine(x, gpu)), *weight)
+    hopper = gpu.arch == cuda_prompt.ARCH
     if tokens <= (_FEW if hopper else DECODED):
-        done = [cuda_decode.matmul(part, weight, gpu) for part in x.split(cuda_decode.max_tokens(gpu.arch))]
-        return done[0] if len(done) == 1 else torch.cat(done)
-    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(weight, tokens) else MANY
+        most = cuda_decode.max_tokens(gpu.arch)
+        if tokens > most:
+            each = [
+                product_for(min(most, tokens - i), kind, dtype, matrix, device, gpu) for i in range(0, tokens, most)
+            ]
+            return lambda x, *weight: torch.cat([f(part, *weight) for f, part in zip(each, x.split(most), strict=True)])
+        return cuda_decode.make_product(
+            cuda_decode.make_plan(tokens, kind, dtype, matrix, gpu), kind, matrix, device, gpu
+        )
+    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(matrix.rows, matrix.block, tokens) else MANY
     if not hopper or tokens >= many:
-        assert x.kind == PLAIN
-        return cuda_dequantize.matmul(x.first, weight, gpu)
-    batch = cuda_batch.make_plan(tokens, x.dtype, weight, gpu.multiprocessors)
-    return cuda_batch.matmul(x, weight, gpu, batch) if batch else cuda_prompt.matmul(x, weight, gpu)
+        return lambda x, codes, scale, signs: cuda_dequantize.matmul(
+            x.first, PackedLinear(matrix.codec, matrix.rows, matrix.cols, matrix.block, codes, scale, signs), gpu
+        )
+    given = (tokens, kind, matrix, device, gpu)
+    batch = cuda_batch.make_plan(tokens, dtype, matrix, gpu.multiprocessors)
+    if batch:
+        return cuda_batch.make_product(batch, *given)
+    return cuda_prompt.make_product(cuda_prompt.make_plan(tokens, dtype, matrix, gpu.multiprocessors), *given)
 
 
 def kernel_tokens(out_features: int) -> list[int]:

@@ -78,5 +78,5 @@ def _cache(impl: Any, kv_cache: Tensor, k: Tensor, slots: Tensor) -> Cache | Non
     own = type(impl) is FlashAttentionImpl and impl.attn_type == AttentionType.DECODER
     if not own or kv_cache.dtype != k.dtype or kv_cache.dim() != 4 or kv_cache.shape[-1] != 2 * impl.head_size:
         return None
-    keys, values = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
-    return Cache(keys, values, slots)
+    pages, size = kv_cache.transpose(1, 2), impl.head_size
+    return Cache(pages.narrow(3, 0, size), pages.narrow(3, size, size), slots)

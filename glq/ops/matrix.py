@@ -1,0 +1,29 @@
+"""What a kernel for a packed matrix is chosen by: all but what its tensors hold."""
+
+from typing import NamedTuple
+
+import torch
+
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
+
+
+class Matrix(NamedTuple):
+    """W [rows, cols] of a trellis codec."""
+
+    codec: str
+    scale: torch.dtype  # of the rows' scales
+    rows: int
+    cols: int
+    block: int  # width of the rotation
+
+    @property
+    def trellis(self) -> Trellis:
+        codec = get_codec(self.codec)
+        assert isinstance(codec, Trellis)
+        return codec
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Along the rows and the columns, 64 × 64 each."""
+        return -(-self.rows // 64), -(-self.cols // 64)
