@@ -202,7 +202,7 @@ class Gpu:
 
 def gpu(device: torch.device) -> Gpu:
     """The one of a CUDA device."""
-    return _gpu(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+    return _gpu(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
 _gpu = cache(Gpu)

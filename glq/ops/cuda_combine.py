@@ -19,7 +19,7 @@ def takes(in_features: int) -> bool:
 def combine(x: Input, gpu: nvrtc.Launcher) -> Tensor:
     """What is to be rotated [tokens, in], of an x that is not plain; the sum of a norm goes to its total."""
     tokens, in_features = x.shape
-    out = torch.empty(tokens, in_features, dtype=x.dtype, device=x.device)
+    out = x.first.new_empty(tokens, in_features)
     gpu.launch(_source(x.dtype, x.kind), "combine", tokens, _THREADS, 0, *x.tensors, out, *x.sizes, in_features)
     return out
 

@@ -11,7 +11,8 @@ from glq.ops.inputs import PLAIN, Input, plain
 from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
-FEW = 256  # tokens
+FEW = 256  # tokens that rotate_chunks is for
+MADE = 2048  # … and of an x that is made on the way, since rotate_many takes no other than a plain one
 _TOGETHER = 8  # tokens of a block of threads at once, where there are more
 _CHUNK = 256 * (4 * _TOGETHER + 2)  # bytes of shared memory for 256 columns of them, and their signs
 
@@ -87,7 +88,7 @@ def rotation(
         odd = odd_part(block)
         sizes: tuple[int | None, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
-    if tokens <= FEW:
+    if tokens <= FEW or kind != PLAIN:
         sizes = (held, in_features)
         return Rotation(source, "rotate_chunks", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
     sizes = (None, None, 1, held, in_features, tokens)
@@ -114,7 +115,7 @@ def _spread(most: int, in_features: int, block: int, gpu: nvrtc.Launcher) -> tup
 
 def makes(block: int, tokens: int) -> bool:
     """Whether a rotation makes an x that is not plain, too."""
-    return by_warps(block) and tokens <= FEW
+    return by_warps(block) and tokens <= MADE
 
 
 def by_warps(block: int) -> bool:

@@ -108,7 +108,7 @@ def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.devi
     signs = torch.full((32,), 0x5A, dtype=torch.uint8, device=device)
     given = ("trellis-2", 128, 256)
     weight = torch.linspace(-1, 1, 256, device=device).half()
-    for tokens in (1, 3, cuda_rotate.FEW + 1):
+    for tokens in (1, 3, cuda_rotate.MADE + 1):
         a, b = (torch.linspace(-3, end, tokens * 256, device=device).half().view(-1, 256) for end in (2, 5))
         norm = norm_of(a, b, weight, 1e-5)
         for made, x in ((silu_of(a, b), silu(a) * b), (norm, normed(a + b, weight, 1e-5))):
