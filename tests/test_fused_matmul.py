@@ -77,6 +77,13 @@ def test_one_token(kind, dtype, name, block):
 
 
 @emulated
+@pytest.mark.parametrize("multiprocessors", [1, 3, 4, 5, 7, 9, 12])
+@pytest.mark.parametrize("cols", [4096, 8192])
+def test_blocks_that_have_parts_of_a_row_norm_all_of_it(multiprocessors, cols):
+    check(NORM, "trellis-2", 1, 192, cols, 2048, torch.float16, Emulator(multiprocessors))
+
+
+@emulated
 @pytest.mark.parametrize("kind", [SILU, NORM])
 @pytest.mark.parametrize("tokens", [2, 16])
 def test_some_tokens(kind, tokens):

@@ -157,6 +157,7 @@ NORMS = {  # of x, r and a weight: whether it is one op
     "a broadcast sum": (lambda x, r, w: LAYER(norm(x + r[0], w)), False),
     "a sum of one number": (lambda x, r, w: LAYER(norm(x + 1, w)), False),
     "weights for each token": (lambda x, r, w: LAYER(norm(x + r, x)), False),
+    "a weight that is made": (lambda x, r, w: LAYER(norm(x + r, 1 + w)), False),
     "a weight in fp32": (lambda x, r, w: LAYER(norm(x + r, w.float()).to(x.dtype)), False),
     "eps of each token": (lambda x, r, w: LAYER(norm(x + r, w, x.abs().float()[:, :1])), False),
     "a mean of all": (

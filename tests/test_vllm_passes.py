@@ -204,6 +204,7 @@ def left():
         "an activation that is read": mlp_is_a_result,
         "part of a row": lambda product, x, residual, weight: (product(norm(x, residual, weight, 1e-5, 64)[0]),),
         "no weight": lambda product, x, residual, _: (product(norm(x, residual, None)[0]),),
+        "made weight": lambda product, x, residual, weight: (product(norm(x, residual, 1 + weight)[0]),),
         "wider weight": lambda product, x, residual, weight: (product(norm(x, residual, weight.double())[0]),),
         "no sum": lambda product, x, _, weight: (product(rms_norm.torch_op(x, weight, 1e-5)),),
         "the sum": lambda product, x, residual, weight: (product(norm(x, residual, weight)[1]),),
@@ -218,8 +219,9 @@ def left():
 
 
 NAMES = (
-    "two products, a norm that is read, an activation that is read, part of a row, no weight, wider weight, no sum, "
-    "the sum, gelu, silu alone, one up for all, a number, narrow silu, another's sigmoid, swish of 2"
+    "two products, a norm that is read, an activation that is read, part of a row, no weight, made weight, "
+    "wider weight, no sum, the sum, gelu, silu alone, one up for all, a number, narrow silu, another's sigmoid, "
+    "swish of 2"
 )
 
 

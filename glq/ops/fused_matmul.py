@@ -101,17 +101,19 @@ def _works(device: torch.device) -> bool:
 
 
 def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.device) -> None:
-    """Check small products in fp16 with each kind of x. GlqError if one is wrong."""
-    shape = packed_shapes("trellis-2", 128, 256)["codes"]
-    codes = torch.arange(math.prod(shape), device=device).to(torch.uint8).view(shape)
-    scale = torch.linspace(0.5, 2, 128, device=device).half()
-    signs = torch.full((32,), 0x5A, dtype=torch.uint8, device=device)
-    given = ("trellis-2", 128, 256)
-    weight = torch.linspace(-1, 1, 256, device=device).half()
-    for tokens in (1, 3, cuda_rotate.MADE + 1):
-        a, b = (torch.linspace(-3, end, tokens * 256, device=device).half().view(-1, 256) for end in (2, 5))
+    """Check small products in fp16 with each kind of x. GlqError if one is wrong.
+
+    With one token, blocks of threads have parts of a row of W here, so parts of x to rotate, but all of it to norm.
+    """
+    for tokens, cols in ((1, 8192), (3, 256), (cuda_rotate.MADE + 1, 256)):
+        shape = packed_shapes("trellis-2", 128, cols)["codes"]
+        codes = torch.arange(math.prod(shape), device=device).to(torch.uint8).view(shape)
+        scale = torch.linspace(0.5, 2, 128, device=device).half()
+        signs = torch.full((cols // 8,), 0x5A, dtype=torch.uint8, device=device)
+        a, b = (torch.linspace(-3, end, tokens * cols, device=device).half().view(-1, cols) for end in (2, 5))
+        weight = torch.linspace(-1, 1, cols, device=device).half()
         norm = norm_of(a, b, weight, 1e-5)
         for made, x in ((silu_of(a, b), silu(a) * b), (norm, normed(a + b, weight, 1e-5))):
-            y = product(made, PackedLinear("trellis-2", 128, 256, 256, codes, scale, signs))
-            compare(y, matmul_reference(x, codes, scale, signs, *given), tokens)
+            y = product(made, PackedLinear("trellis-2", 128, cols, 256, codes, scale, signs))
+            compare(y, matmul_reference(x, codes, scale, signs, "trellis-2", 128, 256), tokens)
         compare(norm.total, a + b, tokens)

@@ -4,9 +4,9 @@
 static constexpr int SQUARES_AT = 256 * WARPS, SCRATCH = BLOCK ? SQUARES_AT + (INPUT == NORM ? WARPS : 0) : 0;  // floats that the rotation needs
 
 #if BLOCK
-// One token, which the kernel ahead may have made, into shared memory, in the order of its columns. Of its chunks of 256 columns those from `first` on and those
-// up to `end`; both are whole blocks of the rotation. scratch: SCRATCH floats.
-__device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& input, const u8* signs, int chunks, int first, int end) {
+// One token of `cols` columns, which the kernel ahead may have made, into shared memory, in the order of its columns. Of its chunks of 256 columns those from
+// `first` up to `chunks` and those up to `end`, all of them whole blocks of the rotation. scratch: SCRATCH floats.
+__device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& input, const u8* signs, int cols, int chunks, int first, int end) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
@@ -20,7 +20,7 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& inp
   wait_for_previous();
   request(0);
   if (INPUT == NORM) {
-    const float squares = sum_squares(input, 256 * chunks, THREADS, 0, blockIdx.x == 0 ? 256 * chunks : 0);
+    const float squares = sum_squares(input, cols, THREADS, 0, blockIdx.x == 0 ? cols : 0);  // of all columns, whichever this block needs
     if (lane == 0) scratch[SQUARES_AT + warp] = squares;
   }
   #pragma unroll 1
@@ -34,7 +34,7 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& inp
       leave(v, scratch + 256 * warp, lane);
     }
     __syncthreads();
-    if (INPUT == NORM && start == 0) divided = inverse_norm<WARPS>(scratch + SQUARES_AT, 256 * chunks, input.eps);
+    if (INPUT == NORM && start == 0) divided = inverse_norm<WARPS>(scratch + SQUARES_AT, cols, input.eps);
     for (int i = threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += THREADS) {
       float v[CHUNKS];
       gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
@@ -52,6 +52,6 @@ __device__ __forceinline__ void rotate_for(const Work& work, int begin, int end,
   const int first = from * WK * 64 / BLOCK * CHUNKS;
   const int past = (min(from + length, work.per_row) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;  // of the first row
   const int wrapped = (max(from + length - work.per_row, 0) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;
-  rotate(xs, scratch, input, signs, min(past, chunks), first, wrapped);
+  rotate(xs, scratch, input, signs, cols, min(past, chunks), first, wrapped);
 }
 #endif

@@ -80,7 +80,7 @@ class _Finder:
                 yield Product(silu_matmul, (gate, up, *weight), self._in_order(match, product), (y,))
         for match in self._norms(x):
             n = match.names
-            if _is_norm(x, **n):
+            if self._is_given(n["weight"]) and _is_norm(x, **n):
                 args = (n["x"], n["residual"], n["weight"], float(n["eps"]), *weight)
                 yield Product(norm_matmul, args, self._in_order(match, product), (y, n["total"]))
 
@@ -112,6 +112,10 @@ class _Finder:
             return
         for match in self._matches(patterns[0], args[0], so_far):
             yield from self._all_match(patterns[1:], args[1:], match)
+
+    def _is_given(self, weight: Any) -> bool:
+        """Whether no kernel of the step makes it: products read it before they wait for the one ahead of them."""
+        return isinstance(weight, Value) and weight.root in self._recording.given
 
     def _in_order(self, match: _Match, product: Call) -> tuple[Call, ...]:
         return tuple(sorted({*match.calls, product}, key=self._place.__getitem__))
@@ -148,12 +152,11 @@ def _has_kernels(call: Call, gpu: nvrtc.Launcher) -> bool:
     return of_16_bits and isinstance(get_codec(codec), Trellis) and few
 
 
-def _is_norm(normed: Value, total: Value, x: Any, residual: Any, weight: Any, wide: Value, eps: Any) -> bool:
+def _is_norm(normed: Value, total: Value, x: Any, residual: Any, weight: Value, wide: Value, eps: Any) -> bool:
     """Whether it is an RMSNorm in fp32 of a sum that lies in memory as the op returns it."""
     dense = tuple(prod(total.shape[d + 1 :]) for d in range(len(total.shape)))
     return (
-        isinstance(weight, Value)
-        and isinstance(eps, int | float)
+        isinstance(eps, int | float)
         and (weight.shape, weight.stride, weight.dtype) == (normed.shape[-1:], (1,), normed.dtype)
         and wide.dtype == torch.float32
         and total.view_of is None

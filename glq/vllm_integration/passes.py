@@ -81,6 +81,8 @@ def _fuse_norm(graph: Graph, product: Any, x: Any) -> bool:
     summand, residual, weight, eps, *variance_size = norm.args
     if variance_size not in ([], [None]) or not known(weight) or not alike(summand, residual, x):
         return False
+    if weight.op not in ("placeholder", "get_attr"):  # made by a kernel: products read it before they wait for that
+        return False
     if (value(weight).dtype, value(weight).shape) != (value(x).dtype, value(x).shape[-1:]):
         return False
     with graph.inserting_before(product):
