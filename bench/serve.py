@@ -57,22 +57,33 @@ def loaded_bytes(worker: Any) -> int:
 def errors(worker: Any) -> dict[str, float]:
     """Of the first packed layers on a rank, for 1 to 600 tokens, relative to the product with the decoded weight.
 
-    Nothing if there are none: on a CPU, where weights are decoded once.
+    Of x as it is and, where a layer is one product, of a normed sum and of silu(gate) · up as compiled graphs have
+    them. Nothing if there are none: on a CPU, where weights are decoded once.
     """
     import torch
+    from torch.nn.functional import silu
 
-    from glq.vllm_integration.parts import dequantize
+    from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul
+    from glq.vllm_integration.parts import codes_of, dequantize
 
     found: dict[str, float] = {}
     for layer in [m for m in worker.get_model().modules() if hasattr(m, "glq_runs")][:4]:
         packed = layer.weight_packed if hasattr(layer, "weight_packed") else layer.weight
         weight = dequantize(packed, layer.scale, layer.signs, layer.glq_parts, torch.float32)
         for tokens in (1, 8, 32, 600):
-            x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=torch.bfloat16)
-            exact = torch.cat([x.double() @ rows.double().T for rows in weight.split(4096)], 1)
-            y = layer.quant_method.apply(layer, x)
-            error = ((y.double() - exact).norm() / exact.norm()).item()
-            found[layer.glq_name] = max(found.get(layer.glq_name, 0.0), error)
+            x, other = torch.randn(2, tokens, weight.shape[1], device=weight.device, dtype=torch.bfloat16)
+            products = [(x, layer.quant_method.apply(layer, x))]
+            for run in layer.glq_runs if len(layer.glq_runs) == 1 else ():
+                sizes = (run.codec, run.end_row - run.first_row, run.block)
+                given = (codes_of(packed, run), layer.scale, layer.signs[run.signs], *sizes)
+                y, total = norm_matmul(x, other, x[0], 1e-5, *given)
+                products += [(normed(x + other, x[0], 1e-5), y), (silu(x) * other, silu_matmul(x, other, *given))]
+                if not torch.equal(total, x + other):
+                    raise SystemExit(f"{layer.glq_name}: with {tokens} tokens the sum that is normed is wrong")
+            for made, y in products:
+                exact = torch.cat([made.double() @ rows.double().T for rows in weight.split(4096)], 1)
+                error = ((y.double() - exact).norm() / exact.norm()).item()
+                found[layer.glq_name] = max(found.get(layer.glq_name, 0.0), error)
         del weight
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # other engines may be starting on this GPU
