@@ -143,7 +143,7 @@ def test_what_no_rotation_makes(kind, dtype, cols):
 
 
 @emulated
-@pytest.mark.parametrize(("tokens", "cols", "block"), [(2, 192, 192), (257, 256, 256)])
+@pytest.mark.parametrize(("tokens", "cols", "block"), [(2, 192, 192), (257, 256, 256), (1792, 256, 256)])
 @pytest.mark.parametrize("kind", [SILU, NORM])
 def test_products_of_it(kind, tokens, cols, block):
     check(kind, "trellis-3", tokens, 64, cols, block, torch.float16, Emulator(2))

@@ -52,8 +52,6 @@ class Input(NamedTuple):
 
     def split(self, tokens: int) -> list["Input"]:
         """Of at most so many tokens each."""
-        if self.tokens <= tokens:
-            return [self]
         parts = zip(self.first.split(tokens), self.second.split(tokens), self.total.split(tokens), strict=True)
         return [Input(self.kind, first, second, self.weight, total, self.eps) for first, second, total in parts]
 

@@ -149,10 +149,16 @@ def product_for(
     tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
 ) -> Product:
     """By the kernel that is fastest for so many tokens. Kept: a model's steps make hundreds of products, all alike."""
-    if kind != PLAIN and not makes_input(tokens, matrix.block, gpu):
+    hopper = gpu.arch == cuda_prompt.ARCH
+    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(matrix.rows, matrix.block, tokens) else MANY
+    dequantized = tokens >= many if hopper else tokens > DECODED
+    if kind != PLAIN and (dequantized or not makes_input(tokens, matrix.block, gpu)):
         multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
         return lambda x, *weight: multiply(plain(cuda_combine.combine(x, gpu)), *weight)
-    hopper = gpu.arch == cuda_prompt.ARCH
+    if dequantized:
+        return lambda x, codes, scale, signs: cuda_dequantize.matmul(
+            x.first, PackedLinear(matrix.codec, matrix.rows, matrix.cols, matrix.block, codes, scale, signs), gpu
+        )
     if tokens <= (_FEW if hopper else DECODED):
         most = cuda_decode.max_tokens(gpu.arch)
         if tokens > most:
@@ -162,11 +168,6 @@ def product_for(
             return lambda x, *weight: torch.cat([f(part, *weight) for f, part in zip(each, x.split(most), strict=True)])
         return cuda_decode.make_product(
             cuda_decode.make_plan(tokens, kind, dtype, matrix, gpu), kind, matrix, device, gpu
-        )
-    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(matrix.rows, matrix.block, tokens) else MANY
-    if not hopper or tokens >= many:
-        return lambda x, codes, scale, signs: cuda_dequantize.matmul(
-            x.first, PackedLinear(matrix.codec, matrix.rows, matrix.cols, matrix.block, codes, scale, signs), gpu
         )
     given = (tokens, kind, matrix, device, gpu)
     batch = cuda_batch.make_plan(tokens, dtype, matrix, gpu.multiprocessors)
