@@ -26,6 +26,7 @@ from glq.rotation import rotate
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
+LATTICES = [name for name in CODECS if name not in TRELLISES]
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
@@ -71,10 +72,28 @@ def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float
 
 
 @emulated
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 def test_every_codec(name):
     check(name, 1, 130, 512, 512, Emulator(1))
     check(name, 3, 130, 200, 200, Emulator(2))
+
+
+@emulated
+@pytest.mark.parametrize("name", LATTICES)
+def test_every_number_of_tiles_of_a_lattice(name):
+    """Of which two, one below the other, are a tile of the kernel; the last may be alone."""
+    for rows in (1, 32, 33, 64, 97, 300):
+        check(name, 9, rows, 150, 75, Emulator(2), torch.bfloat16)
+
+
+@emulated
+@pytest.mark.parametrize("name", LATTICES)
+def test_lattices_decode_to_the_codec_s_values(name):
+    """Rounded three times at most, whatever the word."""
+    _, weight = problem(name, 1, 512, 1024, 64, torch.float16)
+    weight = replace(weight, scale=torch.ones_like(weight.scale))
+    found, expected = cuda_dequantize.decode_scaled(weight, torch.float16, Emulator(4)).float(), weight.decode()
+    assert ((found - expected).abs() <= 1.5 / 1024 * expected.abs().clamp_min(0.25)).all()
 
 
 @emulated
@@ -224,14 +243,14 @@ def test_prompt_fills_the_gpu():
 
 
 @emulated
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dequantize_of_every_codec(name, dtype):
     _, weight = problem(name, 1, 150, 200, 40, dtype)
     found = cuda_dequantize.decode_scaled(weight, dtype, Emulator(2))[:150, :200].float()
     expected = weight.decode() * weight.scale.float()[:, None]
     plain = (expected.to(dtype).float() - expected).norm()
-    assert (found - expected).norm() < 1.6 * plain
+    assert (found - expected).norm() < (1.6 if name in TRELLISES else 2) * plain
 
 
 @emulated
@@ -260,17 +279,18 @@ def check_unrotate(name, rows, cols, block, dtype, shared_memory=228):
 @pytest.mark.parametrize("rows", [1, 33, 129, 1100])
 def test_product_with_a_dequantized_matrix(block, rows, monkeypatch):
     monkeypatch.setattr(cuda_dequantize, "AT_ONCE", 64 * 2 * block)
-    x, weight = problem("trellis-2.75", 200, rows, 2 * block, block, torch.bfloat16)
-    assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
+    for name in ("trellis-2.75", "e8-3.5"):
+        x, weight = problem(name, 200, rows, 2 * block, block, torch.bfloat16)
+        assert error(cuda_dequantize.matmul(x, weight, Emulator(3)), x, weight) < 2
 
 
 def test_dequantize_fits_every_architecture():
-    for name in ("trellis-1.5", "trellis-2.75", "trellis-4"):
-        plan = cuda_dequantize.Plan(TRELLISES[name], torch.bfloat16, torch.float16)
+    for name in ("trellis-1.5", "trellis-2.75", "trellis-4", "nested-3", "nested-3.5", "e8-3.5"):
+        plan = cuda_dequantize.Plan(CODECS[name], torch.bfloat16, torch.float16)
         assert plan.shared <= 99 * 1024
         for arch in ("sm_80", "sm_90", "sm_120"):
             _, report = plan.source.compile_and_report(arch)
-            assert spilled(report) == {0}
+            assert max(spilled(report)) <= (12 if name == "nested-3.5" else 0)  # three registers, on sm_80
 
 
 @pytest.mark.parametrize("arch", [80, 90, 120])
@@ -333,31 +353,36 @@ def test_shared_memory_that_begins_elsewhere_is_not_silently_wrong():
 
 def plans(arch):
     gpu = Emulator(132, SHARED_MEMORY.get(arch, 100) * 1024)
-    for name in TRELLISES:
+    for name in CODECS:
         for tokens in (1, 8, 16, max_tokens(arch)):
             for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336)):
                 for kind in (PLAIN, SILU, NORM):
                     matrix = Matrix(name, torch.float16, rows, cols, 2048)
                     plan = make_plan(tokens, kind, torch.float16, matrix, gpu)
                     assert plan.fits(cols, gpu)
-                    yield plan
+                    # those of lattices are slow to compile, and differ little by the matrix
+                    if name in TRELLISES or (kind == PLAIN and rows > cols and tokens != 8):
+                        yield plan
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cubins_stay_within_the_limits_of_every_architecture(arch):
     for source in {plan.source: None for plan in plans(int(arch[3:]))}:
-        if arch != "sm_90" and dict(source.macros)["CODE_BITS"] not in (36, 64):
+        macros = dict(source.macros)
+        if arch != "sm_90" and macros["CODE_BITS"] not in (36, 64) and macros.get("NESTED") != 6:
             continue
         code, report = source.compile_and_report(arch)
         assert code[:4] == b"\x7fELF"
-        assert spilled(report) == {0}, (source, report)
+        # with q = 8 and one token three registers are missing on Hopper, outside of the loop over a row's units
+        most = 12 if (macros.get("NESTED"), macros["NT"], arch) == (8, 1, "sm_90") else 0
+        assert max(spilled(report)) <= most, (source, report)
         assert (
             int(re.findall(r"Used (\d+) registers", report)[0]) > 64
         )  # fewer: the compiler saw that it always refuses
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu(name, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))

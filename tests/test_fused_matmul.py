@@ -119,9 +119,11 @@ def test_rotation_of_what_is_made(kind, layout, block):
 def test_how_many_tokens_are_made():
     hopper, other = Emulator(1), Emulator(1)
     other.arch = 89
-    assert [makes_input(tokens, 2048, hopper) for tokens in (1, 64, 65, 2048, 2049)] == [True, True, True, True, False]
-    assert [makes_input(tokens, 2048, other) for tokens in (1, 64, 65)] == [True, True, False]
-    assert not makes_input(1, 96, hopper)
+    made = [makes_input("trellis-2", tokens, 2048, hopper) for tokens in (1, 64, 65, 2048, 2049)]
+    assert made == [True, True, True, True, False]
+    for codec, gpu in (("trellis-2", other), ("nested-3", hopper)):
+        assert [makes_input(codec, tokens, 2048, gpu) for tokens in (1, 64, 65)] == [True, True, False]
+    assert not makes_input("trellis-2", 1, 96, hopper)
 
 
 @emulated

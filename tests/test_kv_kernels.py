@@ -41,7 +41,7 @@ def test_words_decode_as_the_codec_has_them(bits):
     if bits == 3:
         as_int |= torch.randint(0, 128, as_int.shape).int() << 24  # what lies beside a word in memory
     out, tables = torch.empty(len(words) * 8, dtype=torch.int32), device_tables(torch.device("cpu"))
-    files = ("ops/ptx.cuh", "kv/half2.cuh", "kv/decode.cuh")
+    files = ("ops/ptx.cuh", "ops/half2.cuh", "ops/half_bits.cuh", "kv/decode.cuh")
     source = nvrtc.Source(files, (("BF16", 0), ("WORD_BITS", bits)), text=DECODE)
     Emulator(1).launch(source, "decode_all", len(words) // 256, 256, len(tables), as_int, out, tables)
     found = out.view(torch.float16).view(-1, 8, 2).transpose(1, 2).float()

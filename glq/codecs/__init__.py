@@ -20,6 +20,7 @@ class Codec(Protocol):
     trellis codes the eight words of a strip together.
     """
 
+    def __hash__(self) -> int: ...
     @property
     def name(self) -> str: ...
     @property

@@ -53,7 +53,15 @@ class Plan:
             "RESIDENT": self.resident,
             "MAX_SHARES": _MAX_SHARES,
         }
-        files = ("ops/ptx.cuh", "ops/hadamard.cuh", "kv/half2.cuh", "kv/mix.cuh", "kv/decode.cuh", "kv/attend.cu")
+        files = (
+            "ops/ptx.cuh",
+            "ops/hadamard.cuh",
+            "ops/half2.cuh",
+            "ops/half_bits.cuh",
+            "kv/mix.cuh",
+            "kv/decode.cuh",
+            "kv/attend.cu",
+        )
         return nvrtc.Source(files, tuple(macros.items()))
 
     @property

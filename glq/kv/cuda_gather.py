@@ -24,7 +24,15 @@ def source(dtype: torch.dtype, layout: PageLayout) -> nvrtc.Source:
         "PAGE_TOKENS": layout.page_tokens,
         "WARPS": _WARPS,
     }
-    files = ("ops/ptx.cuh", "ops/hadamard.cuh", "kv/half2.cuh", "kv/mix.cuh", "kv/decode.cuh", "kv/gather.cu")
+    files = (
+        "ops/ptx.cuh",
+        "ops/hadamard.cuh",
+        "ops/half2.cuh",
+        "ops/half_bits.cuh",
+        "kv/mix.cuh",
+        "kv/decode.cuh",
+        "kv/gather.cu",
+    )
     return nvrtc.Source(files, tuple(macros.items()))
 
 

@@ -12,16 +12,6 @@ struct Tables {
 };
 static constexpr int STEPS_AT[2] = {1376 * 4, 0}, HALVES_AT = 1600 * 4;  // 3 bits, 4 bits
 
-constexpr u32 half_bits(double v) {  // of what fp16 has exactly
-  const u32 sign = v < 0 ? 0x8000 : 0;
-  int exponent = 15;
-  for (v = v < 0 ? -v : v; v >= 2; v /= 2) ++exponent;
-  for (; v < 1; v *= 2) --exponent;
-  return sign | (u32)((exponent << 10) + (int)((v - 1) * 1024));
-}
-constexpr u32 both(double v) { return half_bits(v) * 0x10001; }
-static constexpr u32 SIGNS = 0x80008000u;
-
 // Where coordinates begin, for 3 and 4 bits: in memory, for an instruction has one constant at most that the compiler knows.
 #define BEGIN(Q, I) both((-Q / 2 + 0.5 + I / 16.) / 512)
 #define BEGINS(Q) {BEGIN(Q, 0), BEGIN(Q, 1), BEGIN(Q, 2), BEGIN(Q, 3), BEGIN(Q, 4), BEGIN(Q, 5), BEGIN(Q, 6), BEGIN(Q, 7)}

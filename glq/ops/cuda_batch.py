@@ -8,7 +8,7 @@ import torch
 from glq import nvrtc
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
-from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
@@ -71,8 +71,10 @@ class Plan:
             WK=self.shape.wk,
             STAGES=self.stages,
         )
-        parts = ("ptx", "tiles", "wgmma", "output", "exchange")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/batch.cu"), defined, of_one_arch=True)
+        parts = ("wgmma", "output", "exchange")
+        return nvrtc.Source(
+            (*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/batch.cu"), defined, of_one_arch=True
+        )
 
     def tiles(self, tokens: int, out_features: int) -> int:
         """Of y."""

@@ -1,4 +1,4 @@
-"""The product with few tokens on an NVIDIA GPU: launches ops/decode.cu, for trellis codes."""
+"""The product with few tokens on an NVIDIA GPU: launches ops/decode.cu."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs.trellis import Trellis
+from glq.codecs import Codec, get_codec
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import TILES, Rotation, by_warps, rotation
-from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.inputs import NORM, PLAIN, Input, plain
 from glq.ops.matrix import Matrix
 
@@ -20,7 +20,7 @@ from glq.ops.matrix import Matrix
 class Plan:
     """How a product is spread over the GPU."""
 
-    codec: Trellis
+    codec: Codec
     dtype: torch.dtype  # of x: fp16 or bf16
     scale: torch.dtype
     tokens: int
@@ -80,8 +80,8 @@ class Plan:
             FAR=self.far,
             INPUT=self.input,
         )
-        parts = ("ptx", "hadamard", "input", "tiles", "exchange", "units", "one_token")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)
+        parts = ("hadamard", "input", "exchange", "units", "one_token")
+        return nvrtc.Source((*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)
 
 
 def max_tokens(arch: int) -> int:
@@ -95,7 +95,7 @@ def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: n
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
     multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
     """
-    codec, (row_tiles, col_tiles) = matrix.trellis, matrix.tiles
+    codec, (row_tiles, col_tiles) = get_codec(matrix.codec), matrix.tiles
     few = row_tiles * col_tiles < 3 * 16 * gpu.multiprocessors
     width = matrix.block if tokens == 1 and by_warps(matrix.block) else 0
     shapes = [(2, 8), (2, 4)] if tokens <= 16 else [(2, 4), (4, 2)]

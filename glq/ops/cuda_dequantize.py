@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from glq import nvrtc
-from glq.codecs import get_codec
+from glq.codecs import Codec, get_codec
+from glq.codecs.packing import tile_rows
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import rotate_rows
-from glq.ops.cuda_table import copies_in, device_table, macros, table_bytes
+from glq.ops.cuda_table import copies_in, decoder, device_table, macros, table_bytes
 from glq.packed import PackedLinear
 from glq.rotation import odd_part
 
@@ -26,7 +27,7 @@ AT_ONCE = 1 << 26  # weights, 128 MiB of them
 class Plan:
     """What ops/dequantize.cu is compiled for: W in the rotated basis."""
 
-    codec: Trellis
+    codec: Codec
     dtype: torch.dtype  # of W: fp16 or bf16
     scale: torch.dtype
     threads = 384
@@ -42,8 +43,9 @@ class Plan:
 
     @cached_property
     def source(self) -> nvrtc.Source:
-        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/dequantize.cu")
-        return nvrtc.Source(files, macros(self.codec, self._copies, self.dtype, self.scale))
+        return nvrtc.Source(
+            (*decoder(self.codec), "ops/dequantize.cu"), macros(self.codec, self._copies, self.dtype, self.scale)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class UnrotatePlan:
     @cached_property
     def source(self) -> nvrtc.Source:
         own = {"OUT_BF16": int(self.dtype == torch.bfloat16), "BLOCK_TILES": self.block // 64, "BUFFERS": self.buffers}
-        files = ("ops/ptx.cuh", "ops/tiles.cuh", "ops/unrotate.cu")
-        return nvrtc.Source(files, macros(self.codec, self.copies, torch.float16, self.scale, **own))
+        return nvrtc.Source(
+            (*decoder(self.codec), "ops/unrotate.cu"), macros(self.codec, self.copies, torch.float16, self.scale, **own)
+        )
 
 
 _plan = lru_cache(4096)(Plan)  # which keeps its source
@@ -83,9 +86,9 @@ def own_basis_tokens(out_features: int) -> int:
     return -(-out_features // _ROW_SHARE)
 
 
-def in_own_basis(out_features: int, block: int, tokens: int) -> bool:
+def in_own_basis(codec: str, out_features: int, block: int, tokens: int) -> bool:
     """Whether W is made in the model's basis for so many tokens."""
-    return unrotates(block) and tokens >= own_basis_tokens(out_features)
+    return isinstance(get_codec(codec), Trellis) and unrotates(block) and tokens >= own_basis_tokens(out_features)
 
 
 @lru_cache(4096)
@@ -111,23 +114,22 @@ def unrotate(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> T
 
 
 def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> Tensor:
-    """[64 · row tiles, 64 · column tiles] of a trellis codec in `dtype`, scaled, in the rotated basis."""
-    trellis = get_codec(weight.codec)
-    assert isinstance(trellis, Trellis)
-    plan = _plan(trellis, dtype, weight.scale.dtype)
-    (row_tiles, col_tiles, _), rows = weight.codes.shape, weight.out_features
+    """[64 · row tiles, 64 · column tiles] in `dtype`, scaled, in the rotated basis."""
+    codec, rows = get_codec(weight.codec), weight.out_features
+    plan = _plan(codec, dtype, weight.scale.dtype)
+    row_tiles, col_tiles = -(-rows // 64), weight.codes.shape[1]
     device = weight.codes.device
     out = torch.empty(64 * row_tiles, 64 * col_tiles, dtype=dtype, device=device)
     grid = min(gpu.multiprocessors, -(-row_tiles * col_tiles * 32 // plan.threads))
-    tensors = (weight.codes, device_table(trellis, device, dtype), weight.scale, out)
+    tensors = (weight.codes, device_table(codec, device, dtype), weight.scale, out)
     gpu.launch(plan.source, "dequantize", grid, plan.threads, plan.shared, *tensors, rows, row_tiles, col_tiles)
     return out
 
 
 def matmul(x: Tensor, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
-    """As ops.matmul, for a trellis codec and x [tokens, in] in fp16 or bf16."""
+    """As ops.matmul, for x [tokens, in] in fp16 or bf16."""
     (tokens, in_features), rows = x.shape, weight.out_features
-    own_basis = in_own_basis(rows, weight.block, tokens)
+    own_basis = in_own_basis(weight.codec, rows, weight.block, tokens)
     if not own_basis:
         x = rotate_rows(x, weight.signs, weight.block, gpu)
     step = max(1, AT_ONCE // in_features // 64) * 64
@@ -150,6 +152,7 @@ def _matrix(weight: PackedLinear, own_basis: bool, dtype: torch.dtype, gpu: nvrt
 
 def _rows(weight: PackedLinear, first: int, end: int) -> PackedLinear:
     """Some rows, of which `first` begins a tile."""
-    codes = weight.codes[first // 64 : -(-end // 64)]
+    tall = tile_rows(get_codec(weight.codec).group)
+    codes = weight.codes[first // tall : -(-end // tall)]
     scale = weight.scale[first:end]
     return PackedLinear(weight.codec, end - first, weight.in_features, weight.block, codes, scale, weight.signs)

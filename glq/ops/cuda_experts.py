@@ -12,7 +12,7 @@ from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_decode import max_tokens
 from glq.ops.cuda_rotate import TILES, by_warps, rotate_tiles
-from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.inputs import PLAIN, plain
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.packed import PackedExperts
@@ -117,8 +117,8 @@ class Plan:
             BLOCK=self.block,
             INPUT=PLAIN,
         )
-        parts = ("ptx", "hadamard", "input", "tiles", "exchange", "units", "one_token", "pairs")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), defined)
+        parts = ("hadamard", "input", "exchange", "units", "one_token", "pairs")
+        return nvrtc.Source((*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/experts.cu"), defined)
 
 
 @lru_cache(4096)

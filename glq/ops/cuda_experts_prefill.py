@@ -11,7 +11,7 @@ from glq.codecs import get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_prompt import ARCH
 from glq.ops.cuda_rotate import by_warps, rotate_pairs
-from glq.ops.cuda_table import HOLE, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, decoder, device_table, macros, spread, table_bytes
 from glq.ops.pairs import segment_limit
 from glq.packed import PackedExperts
 
@@ -78,8 +78,10 @@ class Plan:
             DECODERS=self.shape.decoders,
             STAGES=self.stages,
         )
-        parts = ("ptx", "tiles", "steps", "wgmma", "output", "exchange", "slots")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True)
+        parts = ("steps", "wgmma", "output", "exchange", "slots")
+        return nvrtc.Source(
+            (*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/prefill.cu"), defined, of_one_arch=True
+        )
 
 
 def takes(experts: int, block: int, pairs: int, gpu: nvrtc.Launcher) -> bool:

@@ -8,7 +8,7 @@ import torch
 from glq import nvrtc
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
-from glq.ops.cuda_table import HOLE, copies_in, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
@@ -51,8 +51,10 @@ class Plan:
     def source(self) -> nvrtc.Source:
         own = {"TOKENS": self.shape.tokens, "CLUSTER": self.shape.cluster, "STAGES": self.stages}
         defined = macros(self.codec, self.copies, self.dtype, self.scale, **own)
-        parts = ("ptx", "tiles", "wgmma", "cluster", "output", "exchange", "slots")
-        return nvrtc.Source((*(f"ops/{name}.cuh" for name in parts), "ops/prompt.cu"), defined, of_one_arch=True)
+        parts = ("wgmma", "cluster", "output", "exchange", "slots")
+        return nvrtc.Source(
+            (*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/prompt.cu"), defined, of_one_arch=True
+        )
 
     def tiles(self, tokens: int, out_features: int) -> int:
         """Of y, that a cluster has at a time."""

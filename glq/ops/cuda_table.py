@@ -1,20 +1,40 @@
-"""What CUDA kernels need of a trellis codec."""
+"""What CUDA kernels need of a codec: files, macros, and a table that they copy to shared memory."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from glq.codecs import Codec
+from glq.codecs.e8 import FactoredE8, ResidualE8, half_table
+from glq.codecs.lattice import constant
+from glq.codecs.nested import NestedE8
 from glq.codecs.trellis import Trellis, pair_table, signed_table
 
 HOLE = 32 * 1024  # bytes
 _SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
+_CPU = torch.device("cpu")
+_NUMBERS = 102  # that the upper half of the high digits of a nested code may be
+_TRELLIS = ("ops/ptx.cuh", "ops/codes.cuh", "ops/tiles.cuh")
+_LATTICE = ("ops/ptx.cuh", "ops/half2.cuh", "ops/half_bits.cuh", "ops/codes.cuh", "ops/lattice.cuh")
+
+
+def decoder(codec: Codec) -> tuple[str, ...]:
+    """The files by which a kernel decodes: they come before all others."""
+    return _TRELLIS if isinstance(codec, Trellis) else _LATTICE
 
 
 @cache
-def device_table(codec: Trellis, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[2^index_bits, 2] in `dtype`."""
-    table = signed_table(codec) if codec.signed_lookup else pair_table(codec)
+def device_table(codec: Codec, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Of values in `dtype`. trellis: [2^index_bits, 2]; e8: [entries, 4]; nested: bytes, as lattice.cuh has them."""
+    if isinstance(codec, Trellis):
+        table = signed_table(codec) if codec.signed_lookup else pair_table(codec)
+    elif isinstance(codec, NestedE8):
+        scales = torch.zeros(32)
+        scales[: len(codec.scales)] = constant(codec.scales, _CPU) / 2 * 512
+        return torch.cat([scales.view(torch.uint8), _digits(codec)]).to(device)
+    else:
+        table = torch.cat([half_table(stage.entries, _CPU) * by for stage, by in _stages(codec)])
     return table.to(device, dtype).contiguous()
 
 
@@ -23,30 +43,56 @@ def index_bits(codec: Trellis) -> int:
 
 
 def macros(
-    codec: Trellis, copies: int, dtype: torch.dtype, scale: torch.dtype, **own: int
+    codec: Codec, copies: int, dtype: torch.dtype, scale: torch.dtype, **own: int
 ) -> tuple[tuple[str, int], ...]:
-    """Those of ptx.cuh and tiles.cuh, for x in `dtype` and scales in `scale`; and a kernel's own."""
-    common = {
-        "BF16": int(dtype == torch.bfloat16),
-        "SCALE": _SCALES[scale],
-        "CODE_BITS": codec.code_bits,
-        "TABLE_BITS": index_bits(codec),
-        "SIGNED": int(codec.signed_lookup),
-        "COPIES": copies,
-    }
-    return tuple({**common, **own}.items())
+    """Those of the decoder's files, for x in `dtype` and scales in `scale`; and a kernel's own."""
+    common = {"BF16": int(dtype == torch.bfloat16), "SCALE": _SCALES[scale], "CODE_BITS": codec.code_bits}
+    if isinstance(codec, Trellis):
+        common |= {"TABLE_BITS": index_bits(codec), "SIGNED": int(codec.signed_lookup)}
+    elif isinstance(codec, NestedE8):
+        common |= {"NESTED": codec.q, "FIRST": 0, "SECOND": codec.low.bit_length() - 1}
+    else:
+        first, *second = (stage.entries.bit_length() - 1 for stage, _ in _stages(codec))
+        common |= {"NESTED": 0, "FIRST": first, "SECOND": sum(second)}
+    return tuple({**common, "COPIES": copies, **own}.items())
 
 
-def copies_in(codec: Trellis, kilobytes: int) -> int:
-    """How many copies of the table have room there; at most one for each lane of a warp."""
-    return min(32, 256 * kilobytes >> index_bits(codec))
+def copies_in(codec: Codec, kilobytes: int) -> int:
+    """How many copies of the table have room there; at most one for each lane that looks up at once."""
+    if isinstance(codec, Trellis):
+        return min(32, 256 * kilobytes >> index_bits(codec))
+    if isinstance(codec, NestedE8):
+        return 4
+    return 1 << (min(16, 128 * kilobytes // _entries(codec)).bit_length() - 1)
 
 
-def spread(codec: Trellis, copies: int) -> bool:
+def spread(codec: Codec, copies: int) -> bool:
     """Whether the table has holes, as tiles.cuh says."""
-    return not codec.signed_lookup and copies == 32
+    return isinstance(codec, Trellis) and not codec.signed_lookup and copies == 32
 
 
-def table_bytes(codec: Trellis, copies: int) -> int:
+def table_bytes(codec: Codec, copies: int) -> int:
     """Of shared memory that hold `copies` of the table."""
-    return 7 * HOLE if spread(codec, copies) else 4 * copies << index_bits(codec)
+    if isinstance(codec, Trellis):
+        return 7 * HOLE if spread(codec, copies) else 4 * copies << index_bits(codec)
+    if isinstance(codec, NestedE8):
+        return 128 + (0 if codec.q % 3 else -(-8 * copies * _NUMBERS // 128) * 128)
+    return 8 * copies * _entries(codec)
+
+
+def _digits(codec: NestedE8) -> Tensor:
+    """uint8: of each number its four lowest digits in base 3, lowest first, times q's power of two / 512, in fp16."""
+    digits = torch.arange(_NUMBERS)[:, None] // 3 ** torch.arange(4) % 3
+    return (digits * (codec.low / 512)).half().view(torch.uint8).flatten()
+
+
+def _stages(codec: Codec) -> list[tuple[FactoredE8, float]]:
+    """The factored codes that an E8 codec adds up, and what their lattice's points are multiplied by."""
+    if isinstance(codec, ResidualE8):
+        return [(codec.first, 1 / codec.first.density), (codec.second, codec.gain / codec.second.density)]
+    assert isinstance(codec, FactoredE8)
+    return [(codec, 1 / codec.density)]
+
+
+def _entries(codec: Codec) -> int:
+    return sum(4 * stage.entries for stage, _ in _stages(codec))

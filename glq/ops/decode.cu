@@ -1,4 +1,4 @@
-// y = (R x) Vᵀ · scale for a few tokens, V in trellis codes: warps decode tiles of 64 × 64 straight into mma fragments.
+// y = (R x) Vᵀ · scale for a few tokens, V in codes: warps decode tiles of 64 × 64 straight into mma fragments.
 //
 // A unit is WR × WK tiles, one a warp: WR row tiles side by side, WK column tiles. Units in row-major order are cut into
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
@@ -6,8 +6,8 @@
 // always adds up in the same order.
 // Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads).
 
-// Threads beside these that registers are left for: those of the next rotation, which can start early.
-static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK ? 32 : 0;
+// Threads beside these that registers are left for: those of the next rotation, which can start early. (Lattices have none to leave on later GPUs.)
+static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK && (TALL == 1 || __CUDA_ARCH__ == 900) ? 32 : 0;
 
 // ---- x ----
 
@@ -37,10 +37,11 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   // A warp's tiles, unit after unit, one unit ahead of its products: `at` is this lane's share of the codes, `next` the unit's number in its row.
   const int per_row = work.per_row, own_cols = (col_tiles - wk + WK - 1) / WK;           // units of a row of which the warp has a tile
   const int own_end = min(end, (row_tiles - wr + WR - 1) / WR * per_row);                // beyond it the warp has no rows
-  const long long jump = (long long)(WR * col_tiles - per_row * WK) * TILE_BYTES;        // to the next rows
+  const long long jump = (long long)(TALL * WR * col_tiles - per_row * WK) * TILE_BYTES;  // to the next rows
   auto has = [&](int unit, int ku) { return unit < own_end && ku < own_cols; };
   int group = begin / per_row, ku = begin - group * per_row, next = ku;
-  const u8* at = codes + ((size_t)(group * WR + wr) * col_tiles + ku * WK + wk) * TILE_BYTES + 16 * lane;
+  const Loader loader(codes, rows, col_tiles);
+  const u8* at = codes + ((size_t)(TALL * (group * WR + wr)) * col_tiles + ku * WK + wk) * TILE_BYTES + 16 * lane;
   auto step = [&] {
     at += WK * TILE_BYTES;
     if (++next == per_row) next = 0, at += jump;
@@ -54,7 +55,7 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   };
   u32 now[REGS];
   bool is_tile = has(begin, ku);
-  if (is_tile) load_codes(now, at - 16 * lane, lane);
+  if (is_tile) loader.load(now, at - 16 * lane, lane);
   step();
   #pragma unroll 1
   for (int i = 0; i < FAR; ++i) request_far(begin + 1 + i, i);
@@ -99,8 +100,8 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
       from = next_stage - from;
 #endif
       const bool more = has(unit + 1, next);
-      if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) load_used(now, at - 16 * lane, lane, s); });
-      else if (more) load_codes(now, at - 16 * lane, lane);
+      if (is_tile) tile_product(acc, now, mine, copy, [&](int s) { if (more) loader.load_used(now, at - 16 * lane, lane, s); });
+      else if (more) loader.load(now, at - 16 * lane, lane);
       is_tile = more;
       if (FAR) request_far(unit + 1 + FAR, FAR);
       step();

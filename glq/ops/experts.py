@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
+from glq.codecs import get_codec
+from glq.codecs.trellis import Trellis
 from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
 from glq.ops import cuda_experts, cuda_experts_prefill, grouped
@@ -68,7 +70,7 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    if has_cuda_kernel(x, weights.codec):
+    if isinstance(get_codec(weights.codec), Trellis) and has_cuda_kernel(x, weights.codec):
         return cuda_product(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
     if not has_triton_kernel(x.device, weights.codec):
         return experts_reference(x, weights, expert_of, top_k)

@@ -26,6 +26,8 @@ _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
 MANY = 2049  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
 _MANY_IN_OWN_BASIS = 1792  # … and where that is made in the model's basis, so that x is not rotated
+# One for each kernel; what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without.
+_TRELLISES = {"trellis-2": (1, _FEW, _FEW + 1, 129, 257, MANY), "trellis-4": (129, 257)}
 Product = Callable[[Input, Tensor, Tensor, Tensor], Tensor]  # of x and a PackedLinear's codes, scale and signs
 
 
@@ -64,23 +66,22 @@ def matmul_reference(
 
 
 def has_cuda_kernel(x: Tensor, codec: str) -> bool:
-    """Whether the kernels of cuda_*.py take such an x and codec, and work on this device."""
-    kernels = isinstance(get_codec(codec), Trellis) and x.dtype in (torch.float16, torch.bfloat16)
-    return kernels and x.numel() > 0 and _nvrtc_works(x.device)
+    """Whether the kernels of cuda_*.py take such an x, and work on this device for this codec."""
+    takes = x.dtype in (torch.float16, torch.bfloat16) and x.numel() > 0
+    return takes and _nvrtc_works(x.device, "trellis" if isinstance(get_codec(codec), Trellis) else codec)
 
 
 @cache
-def _nvrtc_works(device: torch.device) -> bool:
-    """Whether CUDA C++ compiles and loads here; where it does not, Triton has every kernel, too."""
+def _nvrtc_works(device: torch.device, kind: str) -> bool:
+    """Whether CUDA C++ compiles and loads here, and is right; where not, Triton has every kernel, too."""
     if not nvrtc.compiles_for(device):
         return False
     try:
         gpu = nvrtc.gpu(device)
-        # what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without
-        for codec, tokens in (("trellis-2", (1, _FEW, _FEW + 1, 129, 257, MANY)), ("trellis-4", (129, 257))):
+        for codec, tokens in (_TRELLISES if kind == "trellis" else {kind: (1, _FEW, DECODED + 1)}).items():
             try_out(lambda x, weight: cuda_product(plain(x), weight, gpu), device, codec, tokens)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
-        warnings.warn(f"glq's CUDA kernels cannot be used, Triton's are: {error}", stacklevel=2)
+        warnings.warn(f"glq's CUDA kernels cannot be used for {kind} codes, Triton's are: {error}", stacklevel=2)
         return False
     return True
 
@@ -124,9 +125,14 @@ def compare(y: Tensor, expected: Tensor, tokens: int) -> None:
         raise GlqError(f"with {tokens} tokens it computes something else than PyTorch on this GPU")
 
 
-def makes_input(tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
+def by_warpgroups(codec: str, gpu: nvrtc.Launcher) -> bool:
+    """Whether batch.cu and prompt.cu take such codes here."""
+    return gpu.arch == cuda_prompt.ARCH and isinstance(get_codec(codec), Trellis)
+
+
+def makes_input(codec: str, tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
     """Whether so many tokens of an x that is not plain are made while they are rotated, at no launch of their own."""
-    return cuda_rotate.makes(block, tokens) and (gpu.arch == cuda_prompt.ARCH or tokens <= DECODED)
+    return cuda_rotate.makes(block, tokens) and (by_warpgroups(codec, gpu) or tokens <= DECODED)
 
 
 def cuda_matmul(
@@ -149,10 +155,10 @@ def product_for(
     tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
 ) -> Product:
     """By the kernel that is fastest for so many tokens. Kept: a model's steps make hundreds of products, all alike."""
-    hopper = gpu.arch == cuda_prompt.ARCH
-    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(matrix.rows, matrix.block, tokens) else MANY
+    hopper, facts = by_warpgroups(matrix.codec, gpu), (matrix.codec, matrix.rows, matrix.block, tokens)
+    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(*facts) else MANY
     dequantized = tokens >= many if hopper else tokens > DECODED
-    if kind != PLAIN and (dequantized or not makes_input(tokens, matrix.block, gpu)):
+    if kind != PLAIN and (dequantized or not makes_input(matrix.codec, tokens, matrix.block, gpu)):
         multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
         return lambda x, *weight: multiply(plain(cuda_combine.combine(x, gpu)), *weight)
     if dequantized:

@@ -9,7 +9,7 @@ from glq.codecs.trellis import Trellis
 
 
 class Matrix(NamedTuple):
-    """W [rows, cols] of a trellis codec."""
+    """W [rows, cols] in codes."""
 
     codec: str
     scale: torch.dtype  # of the rows' scales

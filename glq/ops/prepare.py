@@ -43,7 +43,8 @@ def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Laun
 def prepare_experts(weights: PackedExperts, dtype: torch.dtype, each: int, top_k: int, tokens: int) -> None:
     """The same for up to `tokens` tokens of `top_k` experts each, where a row of x has `each` of them."""
     device = weights.codes.device
-    if not has_cuda_kernel(torch.empty(1, device=device, dtype=dtype), weights.codec):
+    trellis = isinstance(get_codec(weights.codec), Trellis)
+    if not trellis or not has_cuda_kernel(torch.empty(1, device=device, dtype=dtype), weights.codec):
         return
     facts = (weights.codec, weights.codes.shape[:3], weights.block, weights.scale.dtype, dtype)
     for pairs in kernel_pairs(*facts, each, top_k, tokens, nvrtc.gpu(device)):

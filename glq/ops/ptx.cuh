@@ -26,6 +26,7 @@ __device__ __forceinline__ u32 keep(u32 v) { return __shfl_sync(~0u, v, threadId
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 template <typename T> __device__ __forceinline__ T* in_shared(u32 at) { return (T*)__cvta_shared_to_generic(at); }
 __device__ __forceinline__ u32 load_shared(u32 at) { return *(const u32*)__cvta_shared_to_generic(at); }
+__device__ __forceinline__ uint2 load_shared8(u32 at) { return *(const uint2*)__cvta_shared_to_generic(at); }
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {

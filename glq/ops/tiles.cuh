@@ -1,22 +1,11 @@
 // How a warp decodes a tile of a trellis code straight into mma fragments.
-// Macros, besides those of ptx.cuh: CODE_BITS, TABLE_BITS, SIGNED (a table of signed pairs), COPIES of it in shared memory, SCALE (of rows: 16 or 32 bits
-// of IEEE, 0: bf16).
+// Macros, besides those of codes.cuh: TABLE_BITS, SIGNED (a table of signed pairs), COPIES of it in shared memory.
 
-static constexpr int REGS = CODE_BITS / 4;  // of a lane's codes in a tile
-static constexpr int TILE_BYTES = 32 * CODE_BITS;
+static constexpr int TALL = 1, REGS = LANE_REGS;  // tiles of docs/FORMAT.md that 64 rows of 64 columns are, and registers of a lane's codes of these
 static constexpr u32 STRIDE = 4 * COPIES;  // bytes from one table entry to the next
 
 // ---- the table, in shared memory ----
 
-// Where dynamic shared memory begins, if there is no other: from sm_90 on the driver has what is before. Known to the compiler, it costs
-// nothing in the address of an entry. Should a GPU have it elsewhere, everything is NaN, which matmul.try_out sees.
-static constexpr u32 TABLE_AT = __CUDA_ARCH__ >= 900 ? 1024 : 0;
-__device__ __forceinline__ bool refuses(const u8* memory, u16* out, size_t count) {
-  if (shared_address(memory) % (1 << 24) == TABLE_AT) return false;  // above is a block's number in its cluster
-  wait_for_previous();
-  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) out[i] = 0x7FFF;
-  return true;
-}
 // Signs beside the entry: both are the top bits of the hash's low half, which is shifted to where STRIDE is, if that is above.
 static constexpr u32 UNSHIFTED = 1 << (16 - TABLE_BITS), LOW = STRIDE > UNSHIFTED ? STRIDE : UNSHIFTED;
 // Signs apart: entries are bits 17, 16 and 14 … 7. They are an address as they are, if there is room for the holes that bit
@@ -58,23 +47,6 @@ __device__ __forceinline__ void fill_table(u8* memory, const u32* from, int thre
 
 // ---- codes ----
 
-// A lane's codes of one tile: pieces of 16, 8 and 4 bytes, the lanes' side by side.
-__device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
-  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
-  #pragma unroll
-  for (int i = 0; i < P16; ++i) load16(r + 4 * i, tile + 512 * i + 16 * lane);
-  if (P8) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
-  if (P4) load4(r + REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
-}
-// The pieces of which step s of the product (two words) used the last; r: now those of another tile.
-__device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int s) {
-  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
-  const int before = CODE_BITS * 2 * s / 32, done = s == 3 ? REGS : CODE_BITS * 2 * (s + 1) / 32;  // registers
-  #pragma unroll
-  for (int i = 0; i < P16; ++i) if (before < 4 * i + 4 && 4 * i + 4 <= done) load16(r + 4 * i, tile + 512 * i + 16 * lane);
-  if (P8 && before < 4 * P16 + 2 && 4 * P16 + 2 <= done) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
-  if (P4 && before < REGS && REGS <= done) load4(r + REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
-}
 // Bits `at` … at + 15 of a lane's string, low; what lies above is not masked.
 __device__ __forceinline__ u32 bits16(const u32* r, int at) {
   const int i = at / 32, shift = at % 32;
@@ -106,20 +78,16 @@ __device__ __forceinline__ u32 state_of(const u32* r, const u32* ends, int s, in
   const u32 w = ends[e / 2] >> over;
   return prmt(w, w, 0x1010);
 }
-static constexpr int SCALE_BYTES = SCALE == 32 ? 4 : 2;
-// The scales of rows first … first + count − 1 into the L2 cache: who needs them at its end would wait for memory then. By the threads of a block.
-__device__ __forceinline__ void request_scales(const void* scale, int first, int count) {
-  const u8* const from = (const u8*)scale + (size_t)first * SCALE_BYTES;
-  const int end = count * SCALE_BYTES + (u32)(size_t)from % 128;  // from the line that the first is in
-  for (int i = 128 * threadIdx.x; i < end; i += 128 * blockDim.x) request_to_l2((const u8*)((size_t)from & ~(size_t)127) + i);
+// The fragment of rows 16m … 16m + 15 in step s. held: what ends_of gave.
+static constexpr int OF_STEP = 2;
+__device__ __forceinline__ void begin_step(u32* held, const u32* r, int s) { ends_of(held, r, s); }
+__device__ __forceinline__ void fragment(u32* a, u32* held, const u32* r, int s, int m, u32 copy) {
+  #pragma unroll
+  for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, held, s, m, e), copy);
 }
-// A row's scale.
-__device__ __forceinline__ float load_scale(const void* p, int i) {
-#if SCALE == 32
-  return ((const float*)p)[i];
-#elif SCALE == 16
-  return from_half(((const u16*)p)[i]);
-#else
-  return from_bf16(((const u16*)p)[i]);
-#endif
-}
+// How codes are loaded: as codes.cuh has it.
+struct Loader {
+  __device__ __forceinline__ Loader(const u8*, int, int) {}
+  __device__ __forceinline__ void load(u32* r, const u8* tile, int lane) const { load_codes(r, tile, lane); }
+  __device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int s) const { ::load_used(r, tile, lane, s); }
+};

@@ -1,6 +1,6 @@
 // What the kernels for few tokens have in common (decode.cu, experts.cu): runs of units, a warp's product with its tile, sums
 // over the warps of a block.
-// Macros, besides those of exchange.cuh and tiles.cuh: NT (8 tokens each), BLOCK (of one_token.cuh), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
+// Macros, besides those of exchange.cuh and of tiles.cuh or lattice.cuh: NT (8 tokens each), BLOCK (of one_token.cuh), WR, WK: a unit is WR × WK tiles of 64 × 64, one a warp.
 static constexpr int WARPS = WR * WK, THREADS = 32 * WARPS, ROWS = 64 * WR;
 
 static_assert(128 * WARPS % ROWS == 0, "a thread's rows are the same of each token");
@@ -26,16 +26,15 @@ template <typename F>
 __device__ __forceinline__ void tile_product(float (*acc)[NT][4], const u32* r, const u16* xs, u32 copy, F used) {
   #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    u32 ends[2];
-    ends_of(ends, r, s);
+    u32 held[OF_STEP];
+    begin_step(held, r, s);
     uint2 b[NT];
     #pragma unroll
     for (int n = 0; n < NT; ++n) b[n] = *(const uint2*)(xs + n * 8 * X_STRIDE + 4 * s);
     #pragma unroll
     for (int m = 0; m < 4; ++m) {
       u32 a[4];
-      #pragma unroll
-      for (int e = 0; e < 4; ++e) a[e] = value(state_of(r, ends, s, m, e), copy);
+      fragment(a, held, r, s, m, copy);
       #pragma unroll
       for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n].x, b[n].y);
     }

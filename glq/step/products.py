@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 from glq import nvrtc
-from glq.codecs import get_codec
-from glq.codecs.trellis import Trellis
 from glq.ops.fused_matmul import norm_matmul, silu_matmul
 from glq.ops.matmul import makes_input
 from glq.step.record import Call, Recording, Value, values_in
@@ -148,8 +146,7 @@ def _has_kernels(call: Call, gpu: nvrtc.Launcher) -> bool:
         return False
     x, *_, codec, _, block = call.args
     of_16_bits = x.dtype in (torch.float16, torch.bfloat16)
-    few = makes_input(prod(x.shape[:-1]), block, gpu)
-    return of_16_bits and isinstance(get_codec(codec), Trellis) and few
+    return of_16_bits and makes_input(codec, prod(x.shape[:-1]), block, gpu)
 
 
 def _is_norm(normed: Value, total: Value, x: Any, residual: Any, weight: Value, wide: Value, eps: Any) -> bool:

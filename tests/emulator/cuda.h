@@ -135,6 +135,10 @@ static u32 load_shared(u32 at) {
   if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
   return *(u32*)(dynamic_shared + at);
 }
+static uint2 load_shared8(u32 at) {
+  if (at % 8) fail("shared load out of place");
+  return {load_shared(at), load_shared(at + 4)};
+}
 static void load4(u32* r, const u8* p) { std::memcpy(r, p, 4); }
 static void load8(u32* r, const u8* p) { std::memcpy(r, p, 8); }
 static void load16(u32* r, const u8* p) { std::memcpy(r, p, 16); }

@@ -1,4 +1,4 @@
-// Pairs of fp16 numbers in a register, and what else the kernels of the KV cache ask of the GPU besides ops/ptx.cuh. (tests/emulator
+// Pairs of 16-bit numbers in a register, fp16 if not said otherwise, and what else kernels that decode E8 ask of the GPU besides ptx.cuh. (tests/emulator
 // has it for a CPU.)
 
 __device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
@@ -21,6 +21,17 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
+// Kept between 0 and 1; NaN becomes 0.
+__device__ __forceinline__ u32 fma_within_1(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+__device__ __forceinline__ u32 fma2_bf16(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 __device__ __forceinline__ u32 max2(u32 a, u32 b) {
   u32 r;
   asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -36,7 +47,6 @@ __device__ __forceinline__ u32 abs2(u32 a) {
   asm("abs.f16x2 %0, %1;" : "=r"(r) : "r"(a));
   return r;
 }
-// Kept between 0 and 1; NaN becomes 0.
 __device__ __forceinline__ u32 add_within_1(u32 a, u32 b) {
   u32 r;
   asm("add.rn.sat.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

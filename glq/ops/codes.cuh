@@ -1,0 +1,55 @@
+// What all kernels that read packed matrices have in common: where shared memory begins, a lane's codes of a tile of docs/FORMAT.md, the rows' scales.
+// Macros, besides those of ptx.cuh: CODE_BITS, SCALE (of rows: 16 or 32 bits of IEEE, 0: bf16).
+
+static constexpr int TILE_BYTES = 32 * CODE_BITS;
+static constexpr int LANE_REGS = CODE_BITS / 4;  // of a lane's codes in a tile
+
+// Where dynamic shared memory begins, if there is no other: from sm_90 on the driver has what is before. Known to the compiler, it costs
+// nothing in the address of an entry. Should a GPU have it elsewhere, everything is NaN, which matmul.try_out sees.
+static constexpr u32 TABLE_AT = __CUDA_ARCH__ >= 900 ? 1024 : 0;
+__device__ __forceinline__ bool refuses(const u8* memory, u16* out, size_t count) {
+  if (shared_address(memory) % (1 << 24) == TABLE_AT) return false;  // above is a block's number in its cluster
+  wait_for_previous();
+  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) out[i] = 0x7FFF;
+  return true;
+}
+
+// ---- codes ----
+
+// A lane's codes of one tile: pieces of 16, 8 and 4 bytes, the lanes' side by side.
+__device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
+  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
+  #pragma unroll
+  for (int i = 0; i < P16; ++i) load16(r + 4 * i, tile + 512 * i + 16 * lane);
+  if (P8) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
+  if (P4) load4(r + LANE_REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
+}
+// The pieces of which step s of the product (two words) used the last; r: now those of another tile.
+__device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int s) {
+  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
+  const int before = CODE_BITS * 2 * s / 32, done = s == 3 ? LANE_REGS : CODE_BITS * 2 * (s + 1) / 32;  // registers
+  #pragma unroll
+  for (int i = 0; i < P16; ++i) if (before < 4 * i + 4 && 4 * i + 4 <= done) load16(r + 4 * i, tile + 512 * i + 16 * lane);
+  if (P8 && before < 4 * P16 + 2 && 4 * P16 + 2 <= done) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
+  if (P4 && before < LANE_REGS && LANE_REGS <= done) load4(r + LANE_REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
+}
+
+// ---- scales ----
+
+static constexpr int SCALE_BYTES = SCALE == 32 ? 4 : 2;
+// The scales of rows first … first + count − 1 into the L2 cache: who needs them at its end would wait for memory then. By the threads of a block.
+__device__ __forceinline__ void request_scales(const void* scale, int first, int count) {
+  const u8* const from = (const u8*)scale + (size_t)first * SCALE_BYTES;
+  const int end = count * SCALE_BYTES + (u32)(size_t)from % 128;  // from the line that the first is in
+  for (int i = 128 * threadIdx.x; i < end; i += 128 * blockDim.x) request_to_l2((const u8*)((size_t)from & ~(size_t)127) + i);
+}
+// A row's scale.
+__device__ __forceinline__ float load_scale(const void* p, int i) {
+#if SCALE == 32
+  return ((const float*)p)[i];
+#elif SCALE == 16
+  return from_half(((const u16*)p)[i]);
+#else
+  return from_bf16(((const u16*)p)[i]);
+#endif
+}
