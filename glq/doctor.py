@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
@@ -116,14 +117,16 @@ def choices(device: torch.device) -> list[Choice]:
     if device.type != "cuda":
         built = "torch finds no NVIDIA GPU" if torch.version.cuda else "this torch is built without CUDA"
         return [Choice("all", "PyTorch", f"{built}; `glq generate` decodes the weights once, when it loads them")]
-    trellis, said = _asked(lambda: has_cuda_kernel(torch.empty(1, device=device, dtype=torch.bfloat16), "trellis-4"))
-    if trellis:
-        first = Choice(
-            "trellis, fp16 and bf16", "CUDA C++", "NVRTC compiles for this GPU, and small products are right"
-        )
-    else:
-        first = _triton("trellis-4", "trellis", device, said or _why_no_cuda(device))
-    return [first, _triton("nested-3", "E8, and fp32", device, "CUDA C++ is for trellis codes alone")]
+    x = torch.empty(1, device=device, dtype=torch.bfloat16)
+    found = []
+    for codecs, codec in (("trellis", "trellis-4"), ("E8", "e8-2"), ("nested", "nested-3")):
+        works, said = _asked(partial(has_cuda_kernel, x, codec))
+        if works:
+            right = "NVRTC compiles for this GPU, and small products are right"
+            found.append(Choice(f"{codecs}, fp16 and bf16", "CUDA C++", right))
+        else:
+            found.append(_triton(codec, codecs, device, said or _why_no_cuda(device)))
+    return [*found, _triton("trellis-4", "fp32", device, "CUDA C++ is for fp16 and bf16")]
 
 
 def _triton(codec: str, codecs: str, device: torch.device, why_no_cuda: str) -> Choice:

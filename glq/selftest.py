@@ -57,14 +57,14 @@ def kernels(device: torch.device) -> list[Kernel]:
     found = []
     if nvrtc.available():
         hopper = nvrtc.gpu(device).arch == HOPPER
-        own = [("trellis-4", 1, "decode"), ("nested-3", 1, "decode"), ("e8-2", 8, "rotate + decode")]
-        own += [("trellis-4", 8, "rotate + decode")]
-        own += [
-            ("trellis-4", 32, "batch (wgmma)" if hopper else "rotate + decode"),
-            ("e8-2", 256, "dequantize + cuBLAS"),
-        ]
-        own += [("trellis-4", 256, "prompt (wgmma)" if hopper else "dequantize + cuBLAS")]
-        own += [("trellis-4", 4096, "unrotate + cuBLAS")] if hopper else []
+        own = [("trellis-4", 1, "decode"), ("nested-3", 1, "decode")]
+        own += [("trellis-4", 8, "rotate + decode"), ("e8-2", 8, "rotate + decode")]
+        if hopper:
+            own += [("trellis-4", 32, "batch (wgmma)"), ("e8-2", 32, "batch (wgmma)")]
+            own += [("trellis-4", 256, "prompt (wgmma)"), ("trellis-4", 4096, "unrotate + cuBLAS")]
+        else:
+            own += [("trellis-4", 32, "rotate + decode"), ("trellis-4", 256, "dequantize + cuBLAS")]
+        own += [("nested-3", 256, "dequantize + cuBLAS")]
         found += [Kernel("CUDA C++", name, codec, tokens, _cuda) for codec, tokens, name in own]
     for codec, tokens in (("trellis-4", 1), ("trellis-4", 32), ("nested-3", 1), ("e8-2", 1)):
         found.append(Kernel("Triton", "one token" if tokens == 1 else "tiles", codec, tokens, _triton))

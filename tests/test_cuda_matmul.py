@@ -142,16 +142,42 @@ BATCH_SHAPES = [
 def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, block=41):
     x, weight = problem(name, tokens, rows, cols, block, dtype)
     gpu = Emulator(2, resident=parts)  # no more blocks at a time than have a tile together: it waits for no other
-    plan = cuda_batch.fill(TRELLISES[name], dtype, torch.float16, shape, parts)
+    plan = cuda_batch.fill(CODECS[name], dtype, torch.float16, shape, parts)
     assert error(multiply(cuda_batch, x, weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
 @emulated
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_batch_of_every_codec(name, dtype):
-    check_batch(name, 3, 200, 328, cuda_batch.Shape(32, 4, 1, 2), 2, dtype)
+    """With some rows beyond the last whole tile, of 32 or 64."""
+    check_batch(name, 3, 210, 328, cuda_batch.Shape(32, 4 if name in TRELLISES else 2, 1, 2), 2, dtype)
+
+
+LATTICE_SHAPES = [
+    cuda_batch.Shape(32, 2, 1, 4),
+    cuda_batch.Shape(32, 2, 2, 2),
+    cuda_batch.Shape(64, 2, 1, 4),
+    cuda_batch.Shape(64, 2, 2, 2),
+    cuda_batch.Shape(128, 2, 1, 2),
+    cuda_batch.Shape(128, 2, 2, 1),
+]
+
+
+@emulated
+@pytest.mark.parametrize(("shape", "parts"), list(zip(LATTICE_SHAPES, [1, 2, 3, 1, 4, 2], strict=True)))
+def test_batch_of_every_shape_of_lattices(shape, parts):
+    check_batch("nested-3", shape.tokens + 9, 330, 328, shape, parts)
+    check_batch("e8-3.5", shape.tokens - 5, 97, 328, shape, parts)
+
+
+def test_batches_of_lattices_have_plans_for_every_matrix():
+    for name, tokens, rows, cols in product(LATTICES, (17, 33, 65, 128, 512), (1, 130, 4096, 28672), (64, 200, 14336)):
+        plan = cuda_batch.make_plan(tokens, torch.float16, Matrix(name, torch.float16, rows, cols, 0), 132)
+        assert plan.shape in LATTICE_SHAPES
+        assert plan.shared <= 227 * 1024
+        assert 1 <= plan.parts <= min(8, -(-cols // 64))
 
 
 @emulated
@@ -229,6 +255,8 @@ def test_products_of_warpgroups_keep_their_pipeline():
         shapes = [shape for shape in BATCH_SHAPES if shape not in spills]
         plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
         plans += [cuda_prompt.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in PROMPT_SHAPES]
+        lattice, shape = ("e8-3.5", LATTICE_SHAPES[-1]) if name == "trellis-4" else ("nested-3.5", LATTICE_SHAPES[2])
+        plans.append(cuda_batch.fill(CODECS[lattice], torch.float16, torch.float16, shape))
         for plan in plans:
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")

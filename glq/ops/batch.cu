@@ -1,7 +1,7 @@
 // y = x Vᵀ · scale for some tokens on Hopper: warps decode V straight into the registers that warpgroups multiply from.
 //
 // A tile of y is ROWS × TOKENS. A unit is 64 of its columns. WK · WR warpgroups: those of a row take turns with the units,
-// those side by side have rows of their own. A warp has 64 / SHARED_BY rows of a tile of codes. x, which comes rotated, goes through
+// those side by side have rows of their own. A warp has 64 / SHARED_BY rows of a tile of codes, or a tile of 32 rows for itself (lattice.cuh). x, which comes rotated, goes through
 // a ring of STAGES units: the first group of a row brings what lies STAGES units beyond the one that it is done with.
 // `parts` blocks have a tile of y together, each a run of units. Each adds up an equal share of the tile, so each waits for
 // all others. They have numbers in a row, and the GPU starts blocks in order: of the blocks of a kernel that have started,
@@ -52,6 +52,13 @@ struct Source {
 
 // ---- the product ----
 
+#ifdef NESTED  // lattice.cuh
+// A warp has a tile of codes by itself: 32 rows.
+static_assert(SHARED_BY == TALL, "as many warps have 64 rows as they are tiles");
+static constexpr bool ALONE = true;
+__device__ __forceinline__ void decode(u32 (*a)[4], const u32* r, int s, int, u32 copy) { fragments(a, r, s, copy); }
+#else
+static constexpr bool ALONE = false;
 // A warp's operands of step s, of which it has the PART-th rows.
 template <int PART> __device__ __forceinline__ void decode_part(u32 (*a)[4], const u32* r, int s, u32 copy) {
   constexpr bool HAS_END = CODE_BITS * (2 * PRODUCTS * (PART + 1) - 1) / 8 > CODE_BITS - 16;
@@ -74,8 +81,9 @@ __device__ __forceinline__ void decode(u32 (*a)[4], const u32* r, int s, int par
     else decode_part<3 % SHARED_BY>(a, r, s, copy);
   }
 }
+#endif
 // Whether a lane requests codes of a tile into the L2 cache, 128 bytes, for the warps that have it together.
-__device__ __forceinline__ bool requests_far(int part, int lane) { return part == 0 && lane < TILE_BYTES / 128; }
+__device__ __forceinline__ bool requests_far(int part, int lane) { return (ALONE || part == 0) && lane < TILE_BYTES / 128; }
 // acc = a warp's rows · x over its units: of the block's, every WK-th from `unit` on. r: codes of the first one.
 __device__ __forceinline__ void multiply_units(float (*acc)[TOKENS / 2], u32* r, const u8* tile, int unit, const Source& source, int part, bool brings) {
   const int lane = threadIdx.x % 32;
@@ -162,11 +170,12 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   const int token_blocks = padded / TOKENS, tile = blockIdx.x / parts, rank = blockIdx.x % parts;
   const int row_tile = tile / token_blocks * (ROWS / 64), token = tile % token_blocks * TOKENS;
   const int begin = col_tiles * rank / parts;
-  const int part = warp % SHARED_BY, own_tile = min(row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY, row_tiles - 1);
+  const int part = warp % SHARED_BY, of_64 = row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY;
+  const int own_tile = ALONE ? min(TALL * of_64 + part, (rows - 1) / 32) : min(of_64, row_tiles - 1);
   const bool brings = lane == 0 && warp % 4 == 0 && wr == 0;
   const Source source{x + ((size_t)begin * padded + token) * 64, (size_t)padded * 64, col_tiles * (rank + 1) / parts - begin};
   const u8* const first = codes + ((size_t)own_tile * col_tiles + begin + wk) * TILE_BYTES;
-  u32 r[REGS];
+  u32 r[LANE_REGS];
   if (wk < source.units) load_codes(r, first, lane);
   if (requests_far(part, lane))
     #pragma unroll 1

@@ -1,4 +1,4 @@
-"""The product with some tokens on a Hopper GPU: launches ops/batch.cu, for trellis codecs."""
+"""The product with some tokens on a Hopper GPU: launches ops/batch.cu."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 
 from glq import nvrtc
+from glq.codecs import Codec, get_codec
+from glq.codecs.e8 import FactoredE8, ResidualE8
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
@@ -43,7 +45,7 @@ class Shape:
 class Plan:
     """How a product is spread over the GPU: ops/batch.cu."""
 
-    codec: Trellis
+    codec: Codec
     dtype: torch.dtype  # of x: fp16 or bf16
     scale: torch.dtype
     shape: Shape
@@ -83,25 +85,37 @@ class Plan:
 
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan | None:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
-    shape = _shape(tokens, matrix, multiprocessors)
+    codec, tall = get_codec(matrix.codec), matrix.rows > 128 * multiprocessors  # for all tiles of 128 rows at once
+    shape = _shape(tokens, matrix, codec, tall) if isinstance(codec, Trellis) else _of_lattice(tokens, tall)
     if shape is None:
         return None
-    return spread_out(fill(matrix.trellis, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
+    return spread_out(fill(codec, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
 
 
-def _shape(tokens: int, matrix: Matrix, multiprocessors: int) -> Shape | None:
-    small, signed = matrix.rows * matrix.cols < _SMALL, matrix.trellis.signed_lookup
+def most_tokens(codec: Codec) -> int:
+    """Up to how many tokens this is faster than dequantizing, for codes that ops/prompt.cu does not take."""
+    return 512 if isinstance(codec, FactoredE8) else 256 if isinstance(codec, ResidualE8) else 128
+
+
+def _of_lattice(tokens: int, tall: bool) -> Shape:
+    """Warps have tiles of 32 rows each, so two have 64 together."""
+    if tokens <= 64:
+        return Shape(32 if tokens <= 32 else 64, 2, *((2, 2) if tall else (1, 4)))
+    return Shape(128, 2, *((2, 1) if tall else (1, 2)))
+
+
+def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | None:
+    small, signed = matrix.rows * matrix.cols < _SMALL, codec.signed_lookup
     if tokens <= 32:
         return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
-        tall = matrix.rows > 128 * multiprocessors  # too tall for all tiles of 128 rows at once, not for those of 256
         return Shape(64, 2, 1, 3) if small else Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
     if tokens <= 128 and (small or matrix.cols > matrix.rows):
         return Shape(128, 4, 2, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 2, 1, 2)
     return None
 
 
-def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, parts: int = 1) -> Plan:
+def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, parts: int = 1) -> Plan:
     """As many copies of the table as 128 KB hold, and as many stages as there is room for."""
     copies, stage = copies_in(codec, 128), 128 * shape.tokens
     left = 3 * HOLE if spread(codec, copies) else _SHARED - _ROTATION - table_bytes(codec, copies)

@@ -76,7 +76,7 @@ def table_bytes(codec: Codec, copies: int) -> int:
     if isinstance(codec, Trellis):
         return 7 * HOLE if spread(codec, copies) else 4 * copies << index_bits(codec)
     if isinstance(codec, NestedE8):
-        return 128 + (0 if codec.q % 3 else -(-8 * copies * _NUMBERS // 128) * 128)
+        return -(-(128 + (0 if codec.q % 3 else 8 * copies * _NUMBERS)) // 1024) * 1024  # stages of x follow it
     return 8 * copies * _entries(codec)
 
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ u32 word_of(const u32* r, int j) {
 // Numbers are multiples of UNIT in fp16, all of them exact: as numbers of fp16 the fields of a word, taken out by a mask, are multiples of 2^-24.
 
 // The table: each β / 2 over UNIT, in fp32; from DIGITS_AT on, if q is a multiple of 3, COPIES of four digits in base 3 of each number up to 101, times LOW UNIT.
-static constexpr u32 DIGITS_AT = 128, NUMBERS = NESTED % 3 ? 0 : 102, STRIDE = 8 * COPIES, TABLE_BYTES = DIGITS_AT + (STRIDE * NUMBERS + 127) / 128 * 128;
+static constexpr u32 DIGITS_AT = 128, NUMBERS = NESTED % 3 ? 0 : 102, STRIDE = 8 * COPIES, TABLE_BYTES = (DIGITS_AT + STRIDE * NUMBERS + 1023) / 1024 * 1024;
 static constexpr double UNIT = 1. / 512, MAGIC = 1536;  // what is added to MAGIC is rounded to a whole number, which is in its lowest bits
 static constexpr int LOW = 1 << SECOND, SCALE_AT = 8 * SECOND + (NESTED % 3 ? 0 : 13);
 
@@ -166,6 +166,13 @@ __device__ __forceinline__ void pairs_of(u32* of_a, u32* of_b, u32 a, u32 b, u32
 }
 #endif
 
+// The fragments of both times 16 rows of a tile of 32, whose codes are in r, in step s.
+__device__ __forceinline__ void fragments(u32 (*a)[4], const u32* r, int s, u32 copy) {
+  u32 of_a[4], of_b[4];
+  pairs_of(of_a, of_b, word_of(r, 2 * s), word_of(r, 2 * s + 1), copy);
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) a[i / 2][i % 2] = of_a[i], a[i / 2][2 + i % 2] = of_b[i];
+}
 // The fragment of rows 16m … 16m + 15 in step s, for m from 0 to 3 in this order. held: the pairs of words 2s and 2s + 1 of a half of the tile.
 static constexpr int OF_STEP = 8;
 __device__ __forceinline__ void begin_step(u32*, const u32*, int) {}

@@ -78,7 +78,9 @@ def _nvrtc_works(device: torch.device, kind: str) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        for codec, tokens in (_TRELLISES if kind == "trellis" else {kind: (1, _FEW, DECODED + 1)}).items():
+        for codec, tokens in (
+            _TRELLISES if kind == "trellis" else {kind: (1, _FEW, _FEW + 1, DECODED + 1, 513)}
+        ).items():
             try_out(lambda x, weight: cuda_product(plain(x), weight, gpu), device, codec, tokens)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used for {kind} codes, Triton's are: {error}", stacklevel=2)
@@ -125,14 +127,16 @@ def compare(y: Tensor, expected: Tensor, tokens: int) -> None:
         raise GlqError(f"with {tokens} tokens it computes something else than PyTorch on this GPU")
 
 
-def by_warpgroups(codec: str, gpu: nvrtc.Launcher) -> bool:
-    """Whether batch.cu and prompt.cu take such codes here."""
-    return gpu.arch == cuda_prompt.ARCH and isinstance(get_codec(codec), Trellis)
+def _most_tokens(codec: str, gpu: nvrtc.Launcher) -> int:
+    """Of a product with codes as they are; with more the matrix is dequantized."""
+    if gpu.arch != cuda_prompt.ARCH:
+        return DECODED
+    return MANY - 1 if isinstance(get_codec(codec), Trellis) else cuda_batch.most_tokens(get_codec(codec))
 
 
 def makes_input(codec: str, tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
     """Whether so many tokens of an x that is not plain are made while they are rotated, at no launch of their own."""
-    return cuda_rotate.makes(block, tokens) and (by_warpgroups(codec, gpu) or tokens <= DECODED)
+    return cuda_rotate.makes(block, tokens) and tokens <= _most_tokens(codec, gpu)
 
 
 def cuda_matmul(
@@ -155,9 +159,10 @@ def product_for(
     tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
 ) -> Product:
     """By the kernel that is fastest for so many tokens. Kept: a model's steps make hundreds of products, all alike."""
-    hopper, facts = by_warpgroups(matrix.codec, gpu), (matrix.codec, matrix.rows, matrix.block, tokens)
-    many = _MANY_IN_OWN_BASIS if cuda_dequantize.in_own_basis(*facts) else MANY
-    dequantized = tokens >= many if hopper else tokens > DECODED
+    most = _most_tokens(matrix.codec, gpu)
+    if cuda_dequantize.in_own_basis(matrix.codec, matrix.rows, matrix.block, tokens):
+        most = min(most, _MANY_IN_OWN_BASIS - 1)
+    dequantized = tokens > most
     if kind != PLAIN and (dequantized or not makes_input(matrix.codec, tokens, matrix.block, gpu)):
         multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
         return lambda x, *weight: multiply(plain(cuda_combine.combine(x, gpu)), *weight)
@@ -165,13 +170,13 @@ def product_for(
         return lambda x, codes, scale, signs: cuda_dequantize.matmul(
             x.first, PackedLinear(matrix.codec, matrix.rows, matrix.cols, matrix.block, codes, scale, signs), gpu
         )
-    if tokens <= (_FEW if hopper else DECODED):
-        most = cuda_decode.max_tokens(gpu.arch)
-        if tokens > most:
+    if gpu.arch != cuda_prompt.ARCH or tokens <= _FEW:
+        size = cuda_decode.max_tokens(gpu.arch)
+        if tokens > size:
             each = [
-                product_for(min(most, tokens - i), kind, dtype, matrix, device, gpu) for i in range(0, tokens, most)
+                product_for(min(size, tokens - i), kind, dtype, matrix, device, gpu) for i in range(0, tokens, size)
             ]
-            return lambda x, *weight: torch.cat([f(part, *weight) for f, part in zip(each, x.split(most), strict=True)])
+            return lambda x, *weight: torch.cat([f(part, *weight) for f, part in zip(each, x.split(size), strict=True)])
         return cuda_decode.make_product(
             cuda_decode.make_plan(tokens, kind, dtype, matrix, gpu), kind, matrix, device, gpu
         )
