@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glq import nvrtc
 from glq.errors import GlqError
-from glq.kv.cuda_tables import device_tables
+from glq.kv.cuda_tables import FILES, device_tables
 from glq.kv.layout import PageLayout
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -53,16 +53,7 @@ class Plan:
             "RESIDENT": self.resident,
             "MAX_SHARES": _MAX_SHARES,
         }
-        files = (
-            "ops/ptx.cuh",
-            "ops/hadamard.cuh",
-            "ops/half2.cuh",
-            "ops/half_bits.cuh",
-            "kv/mix.cuh",
-            "kv/decode.cuh",
-            "kv/attend.cu",
-        )
-        return nvrtc.Source(files, tuple(macros.items()))
+        return nvrtc.Source((*FILES, "kv/attend.cu"), tuple(macros.items()))
 
     @property
     def sums(self) -> int:

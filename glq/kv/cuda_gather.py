@@ -8,7 +8,7 @@ from torch import Tensor
 from glq import nvrtc
 from glq.errors import GlqError
 from glq.kv.cuda_attend import HEAD_DIMS, check_factors
-from glq.kv.cuda_tables import device_tables
+from glq.kv.cuda_tables import FILES, device_tables
 from glq.kv.layout import PageLayout
 
 _WARPS = 8
@@ -24,16 +24,7 @@ def source(dtype: torch.dtype, layout: PageLayout) -> nvrtc.Source:
         "PAGE_TOKENS": layout.page_tokens,
         "WARPS": _WARPS,
     }
-    files = (
-        "ops/ptx.cuh",
-        "ops/hadamard.cuh",
-        "ops/half2.cuh",
-        "ops/half_bits.cuh",
-        "kv/mix.cuh",
-        "kv/decode.cuh",
-        "kv/gather.cu",
-    )
-    return nvrtc.Source(files, tuple(macros.items()))
+    return nvrtc.Source((*FILES, "kv/gather.cu"), tuple(macros.items()))
 
 
 def gather(

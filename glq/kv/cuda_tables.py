@@ -9,6 +9,12 @@ from glq.codecs.e8 import half_table
 from glq.kv.codec import kv_codec
 from glq.kv.shaped import ShapedE8
 
+_OPS = ("ptx", "hadamard", "half2", "half_bits")
+FILES = (
+    *(f"ops/{name}.cuh" for name in _OPS),
+    "kv/mix.cuh",
+    "kv/decode.cuh",
+)  # that come before a kernel which decodes
 # of each number of bits: entries, bits of an entry's number that are indices of words a and b, lowest first, free ones
 _ADDRESSES = {4: (1376, (2, 6, 10), (0, 4, 8), (1, 3)), 3: (224, (1, 4, 7), (0, 3, 6), (2,))}
 
