@@ -26,7 +26,6 @@ from glq.rotation import rotate
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
-LATTICES = [name for name in CODECS if name not in TRELLISES]
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
@@ -76,24 +75,6 @@ def check(name, tokens, out_features, in_features, block, gpu, dtype=torch.float
 def test_every_codec(name):
     check(name, 1, 130, 512, 512, Emulator(1))
     check(name, 3, 130, 200, 200, Emulator(2))
-
-
-@emulated
-@pytest.mark.parametrize("name", LATTICES)
-def test_every_number_of_tiles_of_a_lattice(name):
-    """Of which two, one below the other, are a tile of the kernel; the last may be alone."""
-    for rows in (1, 32, 33, 64, 97, 300):
-        check(name, 9, rows, 150, 75, Emulator(2), torch.bfloat16)
-
-
-@emulated
-@pytest.mark.parametrize("name", LATTICES)
-def test_lattices_decode_to_the_codec_s_values(name):
-    """Rounded three times at most, whatever the word."""
-    _, weight = problem(name, 1, 512, 1024, 64, torch.float16)
-    weight = replace(weight, scale=torch.ones_like(weight.scale))
-    found, expected = cuda_dequantize.decode_scaled(weight, torch.float16, Emulator(4)).float(), weight.decode()
-    assert ((found - expected).abs() <= 1.5 / 1024 * expected.abs().clamp_min(0.25)).all()
 
 
 @emulated
@@ -153,31 +134,6 @@ def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, blo
 def test_batch_of_every_codec(name, dtype):
     """With some rows beyond the last whole tile, of 32 or 64."""
     check_batch(name, 3, 210, 328, cuda_batch.Shape(32, 4 if name in TRELLISES else 2, 1, 2), 2, dtype)
-
-
-LATTICE_SHAPES = [
-    cuda_batch.Shape(32, 2, 1, 4),
-    cuda_batch.Shape(32, 2, 2, 2),
-    cuda_batch.Shape(64, 2, 1, 4),
-    cuda_batch.Shape(64, 2, 2, 2),
-    cuda_batch.Shape(128, 2, 1, 2),
-    cuda_batch.Shape(128, 2, 2, 1),
-]
-
-
-@emulated
-@pytest.mark.parametrize(("shape", "parts"), list(zip(LATTICE_SHAPES, [1, 2, 3, 1, 4, 2], strict=True)))
-def test_batch_of_every_shape_of_lattices(shape, parts):
-    check_batch("nested-3", shape.tokens + 9, 330, 328, shape, parts)
-    check_batch("e8-3.5", shape.tokens - 5, 97, 328, shape, parts)
-
-
-def test_batches_of_lattices_have_plans_for_every_matrix():
-    for name, tokens, rows, cols in product(LATTICES, (17, 33, 65, 128, 512), (1, 130, 4096, 28672), (64, 200, 14336)):
-        plan = cuda_batch.make_plan(tokens, torch.float16, Matrix(name, torch.float16, rows, cols, 0), 132)
-        assert plan.shape in LATTICE_SHAPES
-        assert plan.shared <= 227 * 1024
-        assert 1 <= plan.parts <= min(8, -(-cols // 64))
 
 
 @emulated
@@ -255,8 +211,6 @@ def test_products_of_warpgroups_keep_their_pipeline():
         shapes = [shape for shape in BATCH_SHAPES if shape not in spills]
         plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
         plans += [cuda_prompt.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in PROMPT_SHAPES]
-        lattice, shape = ("e8-3.5", LATTICE_SHAPES[-1]) if name == "trellis-4" else ("nested-3.5", LATTICE_SHAPES[2])
-        plans.append(cuda_batch.fill(CODECS[lattice], torch.float16, torch.float16, shape))
         for plan in plans:
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")

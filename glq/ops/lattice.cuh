@@ -1,7 +1,7 @@
 // How a warp decodes a tile of 64 × 64 of an E8 code straight into mma fragments: what tiles.cuh is for trellis codes. Such a tile is two tiles of
 // docs/FORMAT.md, one below the other, of 32 rows each.
 // Macros, besides those of codes.cuh: NESTED (q, or 0 for a factored code), FIRST (bits of an entry of a half coset's; of a low digit), SECOND (those of the
-// second stage, or 0), COPIES of a factored code's table in shared memory.
+// second stage, or 0), COPIES of a table in shared memory.
 
 static constexpr int TALL = 2, REGS = 2 * LANE_REGS;
 static constexpr bool SPREAD = false;  // as tiles.cuh has it
