@@ -1,8 +1,29 @@
-"""What NVRTC's assembler says of a kernel."""
+"""What kernels are compiled for in the tests, and what NVRTC's assembler says of them."""
 
 import re
 
 import pytest
+
+from glq.codecs import CODECS
+from glq.codecs.trellis import Trellis
+
+TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
+SHARED_MEMORY = {80: 164, 90: 228, 100: 228, 103: 228}  # KB of a multiprocessor; of the others 100
+HOPPER, HOPPER_AT_EVERY_RATE = "sm_90", "sm_90 at every rate"
+COMPILED_FOR = [*ARCHITECTURES, pytest.param(HOPPER_AT_EVERY_RATE, marks=pytest.mark.slow)]
+
+
+def rates(case: str) -> list[str]:
+    """Trellis codes that are compiled for it."""
+    if case == HOPPER_AT_EVERY_RATE:
+        return list(TRELLISES)
+    return [f"trellis-{bits}" for bits in ((1.5, 2, 2.75, 3, 3.25, 4) if case == HOPPER else (2.25, 4))]
+
+
+def lattices(case: str) -> list[str]:
+    """The others."""
+    return [name for name in CODECS if name not in TRELLISES] if case == HOPPER else ["nested-3"]
 
 
 def spilled(report: str) -> set[int]:

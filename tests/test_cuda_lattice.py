@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 import torch
-from cubins import spilled
+from cubins import TRELLISES, spilled
 from emulator import Emulator
-from test_cuda_matmul import TRELLISES, check, check_batch, emulated, problem
+from test_cuda_matmul import check, check_batch, emulated, problem
 
 from glq.codecs import CODECS
 from glq.ops import cuda_batch, cuda_dequantize

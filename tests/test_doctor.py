@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_matmul import ARCHITECTURES
+from cubins import ARCHITECTURES
 from typer.testing import CliRunner
 
 from glq import doctor, nvrtc, selftest

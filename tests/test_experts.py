@@ -6,13 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cubins import spilled
+from cubins import COMPILED_FOR, SHARED_MEMORY, TRELLISES, rates, spilled
 from emulator import Emulator
-from test_cuda_matmul import ARCHITECTURES, SHARED_MEMORY
 
 from glq import nvrtc
-from glq.codecs import CODECS
-from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops import cuda_experts
 from glq.ops.cuda_experts import Plan, Task, make_plan, matmul
@@ -20,7 +17,6 @@ from glq.ops.experts import experts_matmul, experts_reference
 from glq.ops.pairs import segment_limit, sort_pairs
 from glq.packed import PackedExperts, packed_shapes
 
-TRELLISES = {name: codec for name, codec in CODECS.items() if isinstance(codec, Trellis)}
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
@@ -188,13 +184,13 @@ def tasks():
                 yield Task(pairs, experts, 8, *tiles)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cubins_stay_within_the_limits_of_every_architecture(arch):
+@pytest.mark.parametrize("case", COMPILED_FOR)
+def test_cubins_stay_within_the_limits_of_every_architecture(case):
+    arch = case.split()[0]
     gpu = Emulator(132, SHARED_MEMORY.get(int(arch[3:]), 100) * 1024)
     gpu.arch = int(arch[3:])
-    names = TRELLISES if arch == "sm_90" else ("trellis-2.25", "trellis-4")
     sources = {}
-    for name in names:
+    for name in rates(case):
         for task in tasks():
             plan = make_plan(TRELLISES[name], torch.float16, torch.float16, task, 2048, gpu)
             assert plan.shared(task) <= gpu.shared_memory - 1024

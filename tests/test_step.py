@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cubins import spilled
+from cubins import ARCHITECTURES, spilled
 from emulator import Emulator
-from test_cuda_matmul import ARCHITECTURES
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, StaticCache

@@ -3,11 +3,11 @@
 // A tile of y is ROWS × TOKENS. A unit is 64 of its columns. WK · WR warpgroups: those of a row take turns with the units,
 // those side by side have rows of their own. A warp has 64 / SHARED_BY rows of a tile of codes, or a tile of 32 rows for itself (lattice.cuh). x, which comes rotated, goes through
 // a ring of STAGES units: the first group of a row brings what lies STAGES units beyond the one that it is done with.
-// `parts` blocks have a tile of y together, each a run of units. Each adds up an equal share of the tile, so each waits for
+// PARTS blocks have a tile of y together, each a run of units. Each adds up an equal share of the tile, so each waits for
 // all others. They have numbers in a row, and the GPU starts blocks in order: of the blocks of a kernel that have started,
 // those of one tile at most wait for some that have not. They are fewer than the GPU has multiprocessors, so others end, and
 // the missing ones start. Only as many such kernels at a time as keep all multiprocessors waiting could stop each other.
-// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES.
+// Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, PARTS.
 
 static constexpr int FAR = 3;  // units whose codes are requested into the L2 cache ahead of their loads
 static constexpr int PRODUCTS = 4 / SHARED_BY;  // a warp has 16 rows of each
@@ -132,10 +132,10 @@ static constexpr int SUMS_BYTES = WK * TILE_FRAGMENTS * 32 * 16;
 static_assert(ROWS <= THREADS, "a thread has the scale of one row at most");
 
 // What the blocks of a tile have of y, each its share of the fragments. sums: [WK][TILE_FRAGMENTS][32], what this one's warps have; scales: of the tile's
-// rows; handed: of the tile, [parts - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
-__device__ __forceinline__ void add_up(const float4* sums, const float* scales, float4* handed, int parts, int rank, const Output& out, int row, int token) {
+// rows; handed: of the tile, [PARTS - 1][TILE_FRAGMENTS][32], for each fragment what the other blocks have.
+__device__ __forceinline__ void add_up(const float4* sums, const float* scales, float4* handed, int rank, const Output& out, int row, int token) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int begin = TILE_FRAGMENTS * rank / parts, end = TILE_FRAGMENTS * (rank + 1) / parts;
+  const int begin = TILE_FRAGMENTS * rank / PARTS, end = TILE_FRAGMENTS * (rank + 1) / PARTS;
   auto own = [&](int f) {
     float4 sum = sums[f * 32 + lane];
     #pragma unroll
@@ -151,7 +151,12 @@ __device__ __forceinline__ void add_up(const float4* sums, const float* scales, 
   #pragma unroll 1
   for (int f = begin + warp; f < end; f += WARPS) {
     float4 sum = own(f);
-    add_parts(sum, (float*)(handed + f * 32 + lane), TILE_FRAGMENTS * 128, parts - 1);
+    if (PARTS > 1) {
+      float4 others[PARTS > 1 ? PARTS - 1 : 1];
+      take_over(others, (float*)(handed + f * 32 + lane), TILE_FRAGMENTS * 128);
+      #pragma unroll
+      for (int i = 0; i < PARTS - 1; ++i) add(sum, others[i]);
+    }
     const int of_warp = f / HELD, m = f % HELD / BLOCKS_OF_8;  // where the warp that had it has its rows
     const int tile = of_warp / 4 * PRODUCTS + of_warp % 4 / SHARED_BY, part = of_warp % 4 % SHARED_BY;
     const int first = 64 * tile + 16 * (part * PRODUCTS + m), of_lane = first + lane / 4;
@@ -159,21 +164,20 @@ __device__ __forceinline__ void add_up(const float4* sums, const float* scales, 
   }
 }
 
-// x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [tiles][parts - 1][ROWS · TOKENS] EMPTY,
+// x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [tiles][PARTS - 1][ROWS · TOKENS] EMPTY,
 // which it is again at the end.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
-      int tokens, int padded, int rows, int row_tiles, int col_tiles, int parts) {
+      int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), group = warp / 4, wk = group % WK, wr = group / WK;
-  const int token_blocks = padded / TOKENS, tile = blockIdx.x / parts, rank = blockIdx.x % parts;
-  const int row_tile = tile / token_blocks * (ROWS / 64), token = tile % token_blocks * TOKENS;
-  const int begin = col_tiles * rank / parts;
+  const int row_tile = blockIdx.y * (ROWS / 64), token = blockIdx.x / PARTS * TOKENS, rank = blockIdx.x % PARTS;
+  const int begin = col_tiles * rank / PARTS;
   const int part = warp % SHARED_BY, of_64 = row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY;
   const int own_tile = ALONE ? min(TALL * of_64 + part, (rows - 1) / 32) : min(of_64, row_tiles - 1);
   const bool brings = lane == 0 && warp % 4 == 0 && wr == 0;
-  const Source source{x + ((size_t)begin * padded + token) * 64, (size_t)padded * 64, col_tiles * (rank + 1) / parts - begin};
+  const Source source{x + ((size_t)begin * padded + token) * 64, (size_t)padded * 64, col_tiles * (rank + 1) / PARTS - begin};
   const u8* const first = codes + ((size_t)own_tile * col_tiles + begin + wk) * TILE_BYTES;
   u32 r[LANE_REGS];
   if (wk < source.units) load_codes(r, first, lane);
@@ -211,5 +215,6 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   // The next rotation starts here and not at once: its blocks would gather, six at a time, on the few multiprocessors that have no tile, where the
   // last ends twice as late as where all have one. With 128 tokens they have enough to do to start when these are done.
   if (TOKENS < 128) let_next_start();
-  add_up(sums, scales, (float4*)handed + (size_t)tile * (parts - 1) * TILE_FRAGMENTS * 32, parts, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
+  const size_t tile = blockIdx.y * (padded / TOKENS) + blockIdx.x / PARTS;
+  add_up(sums, scales, (float4*)handed + tile * (PARTS - 1) * TILE_FRAGMENTS * 32, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
 }

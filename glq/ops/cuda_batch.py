@@ -14,12 +14,13 @@ from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, s
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
+MOST = 512  # tokens
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _ROTATION = 3 * 1024  # of them that the next rotation takes
 _BARRIERS = 256  # bytes
 _MAX_STAGES = 12
 _MAX_PARTS = 8  # so that only 18 such kernels and more at a time could wait for each other (batch.cu)
-_SMALL = 1 << 25  # weights of a matrix
+_SMALL, _SMALLER = 1 << 25, 1 << 24  # weights of a matrix
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Plan:
             WR=self.shape.wr,
             WK=self.shape.wk,
             STAGES=self.stages,
+            PARTS=self.parts,
         )
         parts = ("wgmma", "output", "exchange")
         return nvrtc.Source(
@@ -94,7 +96,7 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
 
 def most_tokens(codec: Codec) -> int:
     """Up to how many tokens this is faster than dequantizing, for codes that ops/prompt.cu does not take."""
-    return 512 if isinstance(codec, FactoredE8) else 256 if isinstance(codec, ResidualE8) else 128
+    return MOST if isinstance(codec, FactoredE8) else 256 if isinstance(codec, ResidualE8) else 128
 
 
 def _of_lattice(tokens: int, tall: bool) -> Shape:
@@ -105,13 +107,13 @@ def _of_lattice(tokens: int, tall: bool) -> Shape:
 
 
 def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | None:
-    small, signed = matrix.rows * matrix.cols < _SMALL, codec.signed_lookup
+    weights, signed = matrix.rows * matrix.cols, codec.signed_lookup
     if tokens <= 32:
-        return Shape(32, 2, 1, 4) if small else Shape(32, 1, 1, 4 if signed else 3)
+        return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
-        return Shape(64, 2, 1, 3) if small else Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
-    if tokens <= 128 and (small or matrix.cols > matrix.rows):
-        return Shape(128, 4, 2, 2) if not signed else Shape(128, 4, 1, 3) if small else Shape(128, 2, 1, 2)
+        return Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
+    if tokens <= 128 and (signed or not tall):
+        return Shape(128, 2, 2, 1) if tall else Shape(128, 4, *((1, 3) if signed and weights <= _SMALLER else (2, 2)))
     return None
 
 
@@ -134,16 +136,17 @@ def make_product(
     """For x of that kind, on a GPU whose arch is 90."""
     tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.parts <= col_tiles
-    padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
+    token_blocks = -(-tokens // plan.shape.tokens)
+    padded = token_blocks * plan.shape.tokens
     return Product(
         rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
         device_table(plan.codec, device, plan.dtype),
         plan.source,
         "batch",
-        tiles * plan.parts,
+        (token_blocks * plan.parts, tiles // token_blocks),
         plan.shape.threads,
         plan.shared,
         tiles * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens,
-        (tokens, padded, matrix.rows, row_tiles, col_tiles, plan.parts),
+        (tokens, padded, matrix.rows, row_tiles, col_tiles),
         gpu,
     )

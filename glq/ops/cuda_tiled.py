@@ -17,7 +17,7 @@ class Product:
     table: Tensor
     source: nvrtc.Source
     name: str
-    grid: int
+    grid: int | tuple[int, int]
     threads: int
     shared: int
     sums: int  # that blocks hand over

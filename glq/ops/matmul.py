@@ -191,4 +191,7 @@ def kernel_tokens(out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     many = cuda_dequantize.own_basis_tokens(out_features)
     few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    return sorted(few | {DECODED + 1, 129, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})
+    tiles = range(
+        129, cuda_batch.MOST, 128
+    )  # of 128 tokens: by how many there are they differ in how blocks share them
+    return sorted(few | {DECODED + 1, *tiles, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})

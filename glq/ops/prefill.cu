@@ -209,7 +209,7 @@ __device__ __forceinline__ void multiply_run(const Work& work, const Ring& ring,
     const int row = own.row_tile * 64 + threadIdx.x / 32 * 16;
     if (unit == tile_begin) out.request_scales(row, own.expert);
     multiply_units(acc, stop - unit, ring, place);
-    if (unit > tile_begin) hand_over_all(acc, handed + (size_t)run * SLOT);
+    if (unit > tile_begin) hand_over_some<0, TOKENS / 8>(acc, handed + (size_t)run * SLOT);
     else {
       if (stop < tile_end) add_up(acc, handed, run + 1, work.owner(tile_end - 1));
       const float2 by = out.scales(row, own.expert);

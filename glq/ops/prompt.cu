@@ -6,6 +6,8 @@
 // Units, tile after tile, are cut into as many equal runs as there are clusters. Where several have units of one tile, the one with its
 // first unit adds up what they have (exchange.cuh), always in the same order. The first clusters have the last runs: so each hands over
 // what is needed elsewhere before anything else, and a tile whose sums come from others, which are clusters before it, is its last.
+// Where each tile is two runs, each of the two clusters adds up half of the tokens, so each waits for the other: they are neighbours, and the GPU
+// starts clusters in order, so of a kernel one cluster at most waits for one that has not started.
 // No block ends while another may still send to it: it waits for all x, and for every arrival that it gets, as it gets none that nobody waits for.
 // Macros, besides those of output.cuh, exchange.cuh and slots.cuh: TOKENS (128 or 256), CLUSTER, STAGES.
 
@@ -20,14 +22,17 @@ static constexpr int FAR = 3;               // units whose codes are requested i
 // ---- which units a run has ----
 
 struct Work {
-  int row_tiles, col_tiles, token_blocks, units, runs;
+  int row_tiles, col_tiles, token_blocks;
+  u32 units, runs;
 
   __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
     units = (row_tiles + GROUPS * CLUSTER - 1) / (GROUPS * CLUSTER) * token_blocks * col_tiles;
     runs = gridDim.x / CLUSTER;
   }
-  __device__ int begin(int run) const { return (int)((long long)units * run / runs); }
-  __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * runs - 1) / units); }
+  __device__ int begin(int run) const { return units * run / runs; }
+  __device__ int owner(int unit) const { return ((unit + 1) * runs - 1) / units; }
+  // Whether each tile is two runs, of which each adds up half of the tokens.
+  __device__ bool halves() const { return 2 * units == runs * col_tiles; }
 };
 __device__ __forceinline__ int own_rank() { return CLUSTER > 1 ? blockIdx.x % CLUSTER : 0; }
 __device__ __forceinline__ int own_run() { return (gridDim.x - 1 - blockIdx.x) / CLUSTER; }
@@ -145,12 +150,13 @@ __device__ __forceinline__ void request_first(const Codes& codes, int unit) {
 
 // ---- sums ----
 
-// acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time.
-__device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
-  constexpr int AHEAD = 8, COUNT = TOKENS / 8;
+// Of fragments FROM … FROM + COUNT − 1: acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time.
+template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
+  constexpr int AHEAD = 8;
+  acc += 4 * FROM;
   #pragma unroll 1
   for (int run = first; run <= last; ++run) {
-    float* const from = handed + (size_t)run * CLUSTER * SLOT + place_in_slot();
+    float* const from = handed + (size_t)run * CLUSTER * SLOT + place_in_slot() + 512 * FROM;
     while (!is_there(load_shared_by_gpu(from + 512 * (COUNT - 1))));  // the others have come then, or nearly
     uint4 v[AHEAD];
     #pragma unroll
@@ -167,13 +173,14 @@ __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int
   }
   __syncwarp();
 }
-// A warp's 16 rows of y, from `row` on, of all tokens of a tile, from `token` on; by: the rows' scales. Fragments take turns in what a lane waits for.
-template <bool WHOLE> __device__ __forceinline__ void put_all(const float* acc, const Output& out, float2 by, int row, int token) {
+// Of the same fragments: a warp's 16 rows of y, from `row` on, of a tile whose tokens are those from `token` on; by: the rows' scales. Fragments take turns in what a lane waits for.
+template <bool WHOLE, int FROM, int COUNT> __device__ __forceinline__ void put(const float* acc, const Output& out, float2 by, int row, int token) {
   constexpr int TOGETHER = 4;
+  acc += 4 * FROM, token += 8 * FROM;
   const int t = threadIdx.x % 4, of_lane = token + threadIdx.x % 32 / 4;
   u16* to = out.y + (size_t)of_lane * out.rows + row + t % 2 * 8 + t / 2 * 4;
   #pragma unroll
-  for (int i = 0; i < TOKENS / 8; i += TOGETHER) {
+  for (int i = 0; i < COUNT; i += TOGETHER) {
     if (!WHOLE) {
       #pragma unroll
       for (int j = i; j < i + TOGETHER; ++j)
@@ -199,17 +206,35 @@ template <bool WHOLE> __device__ __forceinline__ void put_all(const float* acc, 
 // The first row of a tile that is a block's, and a warp's.
 __device__ __forceinline__ int block_row(const Work& work, int tile) { return (tile / work.token_blocks * CLUSTER + own_rank()) * ROWS; }
 __device__ __forceinline__ int first_row(const Work& work, int tile) { return block_row(work, tile) + threadIdx.x / 32 * 16; }
-// What a warpgroup has of a tile, begun at unit `begin` of it, of which its cluster has those up to `end`.
-__device__ __forceinline__ void put_tile(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
-  const int run = own_run();
-  handed += (size_t)own_rank() * SLOT;
-  if (begin > 0) return hand_over_all(acc, handed + (size_t)run * CLUSTER * SLOT);
-  if (end < work.col_tiles) add_up(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
+template <int FROM, int COUNT> __device__ __forceinline__ void put(const float* acc, const Work& work, const Output& out, int tile) {
   const int row = first_row(work, tile), token = tile % work.token_blocks * TOKENS;
   const float2 by = out.scales(row);
   const bool whole = out.rows % 4 == 0 && block_row(work, tile) + ROWS <= out.rows;  // the same for all of a block
-  if (whole) put_all<true>(acc, out, by, row, token);
-  else put_all<false>(acc, out, by, row, token);
+  if (whole) put<true, FROM, COUNT>(acc, out, by, row, token);
+  else put<false, FROM, COUNT>(acc, out, by, row, token);
+}
+// What a warpgroup has of a tile, begun at unit `begin` of it, of which its cluster has those up to `end`.
+__device__ __forceinline__ void put_tile(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
+  constexpr int ALL = TOKENS / 8, HALF = ALL / 2;
+  const int run = own_run();
+  handed += (size_t)own_rank() * SLOT;
+  float* const slot = handed + (size_t)run * CLUSTER * SLOT;
+  if (begin == 0 && end == work.col_tiles) return put<0, ALL>(acc, work, out, tile);
+  if (work.halves()) {
+    if (begin == 0) {
+      hand_over_some<HALF, HALF>(acc, slot);
+      add_up<0, HALF>(acc, handed, run + 1, run + 1);
+      put<0, HALF>(acc, work, out, tile);
+    } else {
+      hand_over_some<0, HALF>(acc, slot);
+      add_up<HALF, HALF>(acc, handed, run - 1, run - 1);
+      put<HALF, HALF>(acc, work, out, tile);
+    }
+    return;
+  }
+  if (begin > 0) return hand_over_some<0, ALL>(acc, slot);
+  add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
+  put<0, ALL>(acc, work, out, tile);
 }
 
 // Where a run's codes come from, unit by unit.
