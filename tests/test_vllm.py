@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def environment(processes: bool = False) -> dict[str, str]:
     )
 
 
+@cache
+def importing(python_path: str) -> subprocess.Popen:
+    """A process that runs jobs of vllm_job.py, and imports vLLM once: ten seconds. It ends with this one."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, JOB], env=environment(), text=True, **pipes)
+
+
 @pytest.fixture
 def vllm(tmp_path):
     """Runs a job of vllm_job.py: its answer, or its output if it failed."""
@@ -58,11 +66,14 @@ def vllm(tmp_path):
         job = {"model": str(model), "llm": llm, "prompts": prompts, "tokens": tokens, "packed": packed}
         job |= {"as_on_gpu": as_on_gpu, "count": count, "lora": lora and str(lora), "writes": writes and str(tmp_path)}
         (tmp_path / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, JOB, tmp_path / "job.json", tmp_path / "answer.json"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            return done.stdout + done.stderr
-        answer = json.loads((tmp_path / "answer.json").read_text())
+        files = {name: str(tmp_path / f"{name}.json") for name in ("job", "answer", "log")}
+        Path(files["log"]).write_text("")
+        starter = importing(os.environ.get("PYTHONPATH", ""))
+        starter.stdin.write(json.dumps(files | {"environment": environment()}) + "\n")
+        starter.stdin.flush()
+        if starter.stdout.readline() != "0\n":
+            return Path(files["log"]).read_text()
+        answer = json.loads(Path(files["answer"]).read_text())
         if writes:  # each rank has heads of its own
             ranks = [torch.load(path) for path in sorted(tmp_path.glob("*.writes.pt"))]
             answer["writes"] = [torch.cat(layer, -2) for layer in zip(*ranks, strict=True)]

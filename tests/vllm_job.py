@@ -1,13 +1,16 @@
-"""Runs vLLM in a process of its own, for tests/test_vllm.py: python vllm_job.py JOB.json ANSWER.json
+"""Runs vLLM for tests/test_vllm.py, each engine in a fork of this process, which has imported vLLM by then.
 
-A job: {"model", "llm": keywords of LLM, "prompts": [[token ids]], "tokens": new ones for each, "packed": whether to
-multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend there, too, "count":
-whether to count calls, "lora": a directory or nothing, "writes": a directory for what the KV cache is given
-(vllm_writes.py), or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
+From standard input comes a line for each job, {"job", "answer", "log": paths, "environment"}; its exit status goes to
+standard output. A job: {"model", "llm": keywords of LLM, "prompts": [[token ids]], "tokens": new ones for each,
+"packed": whether to multiply by packed weights on the CPU, too, "as_on_gpu": whether to compile with vLLM's own backend
+there, too, "count": whether to count calls, "lora": a directory or nothing, "writes": a directory for what the KV cache
+is given (vllm_writes.py), or nothing}. The answer: {"tokens": [[ids]], "logprobs": [[of each token]],
 "calls": {op of glq: how often it was called}, "metrics": {name: count} if kept, "kv_tokens": that fit}.
 """
 
 import json
+import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +19,8 @@ import torch
 
 
 def main(job):
-    from vllm import LLM, SamplingParams
-
+    if job["llm"].get("enforce_eager"):
+        torch._dynamo.config.disable = True  # vLLM's sampler would be compiled, for five seconds
     if job.get("packed"):
         from glq.vllm_integration import methods
 
@@ -68,5 +71,28 @@ def keep_own_backend():
     platform.check_and_update_config = staticmethod(check_and_update_config)
 
 
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+def serve(answers):
+    for line in sys.stdin:
+        request = json.loads(line)
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+            continue
+        signal.alarm(900)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for stream in (1, 2):
+            os.dup2(os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        answer = main(json.loads(Path(request["job"]).read_text(encoding="utf-8")))
+        Path(request["answer"]).write_text(json.dumps(answer))
+        return
+
+
+if __name__ == "__main__":  # a rank of an engine, which starts anew, imports this file, too
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM may print while it is imported
+    import vllm.model_executor.models.llama
+    import vllm.v1.worker.cpu_model_runner  # noqa: F401
+    from vllm import LLM, SamplingParams
+
+    serve(own)
