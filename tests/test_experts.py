@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cubins import COMPILED_FOR, SHARED_MEMORY, TRELLISES, rates, spilled
+from cubins import COMPILED_FOR, SHARED_MEMORY, TRELLISES, lattices, rates, spilled
 from emulator import Emulator
 
 from glq import nvrtc
+from glq.codecs import CODECS
 from glq.errors import GlqError
 from glq.ops import cuda_experts
 from glq.ops.cuda_experts import Plan, Task, make_plan, matmul
@@ -101,7 +102,7 @@ def test_there_are_no_more_segments_than_the_limit(pairs, experts, at_once):
 
 
 @emulated
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 def test_every_codec(name):
     weights = random_experts(name, 5, 130, 200, 200)
     check(weights, torch.randn(3, 200).half(), routed(3, 2, 5), 2, Emulator(2))
@@ -190,9 +191,9 @@ def test_cubins_stay_within_the_limits_of_every_architecture(case):
     gpu = Emulator(132, SHARED_MEMORY.get(int(arch[3:]), 100) * 1024)
     gpu.arch = int(arch[3:])
     sources = {}
-    for name in rates(case):
+    for name in [*rates(case), *lattices(case)]:
         for task in tasks():
-            plan = make_plan(TRELLISES[name], torch.float16, torch.float16, task, 2048, gpu)
+            plan = make_plan(CODECS[name], torch.float16, torch.float16, task, 2048, gpu)
             assert plan.shared(task) <= gpu.shared_memory - 1024
             sources[plan.source] = None
     for source in sources:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from glq.ops import experts as experts_ops
+from glq.ops.cuda_experts import Task
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product
 from glq.ops.prepare import kernel_pairs, prepare, run_all
@@ -63,19 +64,20 @@ def test_no_number_of_tokens_needs_another_kernel(codec, rows, cols, arch, kilob
 
 @pytest.mark.parametrize(("arch", "kilobytes"), [(90, 228), (89, 100)])
 @pytest.mark.parametrize(("rows", "cols", "each"), [(1536, 2048, 8), (2048, 768, 1)])
-def test_no_number_of_pairs_needs_another_kernel(rows, cols, each, arch, kilobytes):
-    gpu, of_one, experts, top_k = Recorder(arch, kilobytes), weight("trellis-4", rows, cols), 128, 8
+@pytest.mark.parametrize("codec", ["trellis-4", "nested-3"])
+def test_no_number_of_pairs_needs_another_kernel(codec, rows, cols, each, arch, kilobytes):
+    gpu, of_one, experts, top_k = Recorder(arch, kilobytes), weight(codec, rows, cols), 128, 8
     codes = of_one.codes.expand(experts, *of_one.codes.shape)
     scale = of_one.scale.expand(experts, rows)
-    w = PackedExperts("trellis-4", rows, cols, of_one.block, codes, scale, of_one.signs)
+    w = PackedExperts(codec, rows, cols, of_one.block, codes, scale, of_one.signs)
 
     def multiply(pairs):
         x = torch.empty(pairs // each, cols, dtype=torch.bfloat16, device="meta")
         expert_of = torch.empty(pairs, dtype=torch.int64, device="meta")
         experts_ops.cuda_product(x, w, expert_of, each, gpu)
 
-    sizes = (w.block, w.scale.dtype, torch.bfloat16, each, top_k, 2000)
-    for pairs in kernel_pairs(w.codec, w.codes.shape[:3], *sizes, gpu):
+    sizes = (w.block, w.scale.dtype, torch.bfloat16, top_k, 2000)
+    for pairs in kernel_pairs(w.codec, Task.of(w, 0, each), *sizes, gpu):
         multiply(pairs)
     ahead = set(gpu.loaded)
     assert len(ahead) > 3

@@ -1,4 +1,4 @@
-"""The product over experts on an NVIDIA GPU: launches ops/experts.cu, for trellis codes."""
+"""The product over experts on an NVIDIA GPU: launches ops/experts.cu."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs import get_codec
+from glq.codecs import Codec, get_codec
+from glq.codecs.nested import NestedE8
 from glq.codecs.trellis import Trellis
 from glq.errors import GlqError
 from glq.ops.cuda_decode import max_tokens
@@ -24,6 +25,7 @@ _PAIRS_AN_EXPERT = {
     2: 12,
     4: 28,
 }  # on average, up to which so many times 8 are multiplied at once; to be measured
+_MOST_TILES = 4  # that codes other than trellises have registers for
 _END_OF_ROWS = 0.4  # what adding up a group of rows takes, in units of a unit; to be measured
 
 
@@ -37,12 +39,17 @@ class Task:
     row_tiles: int
     col_tiles: int
 
+    @classmethod
+    def of(cls, weights: PackedExperts, pairs: int, top_k: int) -> "Task":
+        """Tiles are of 64 × 64, whatever the codec's are."""
+        return cls(pairs, weights.count, top_k, -(-weights.out_features // 64), -(-weights.in_features // 64))
+
 
 @dataclass(frozen=True)
 class Plan:
     """How a product is spread over the GPU: ops/experts.cu."""
 
-    codec: Trellis
+    codec: Codec
     dtype: torch.dtype  # of x: fp16 or bf16
     scale: torch.dtype
     pair_tiles: int  # of 8 pairs of one expert at once
@@ -123,15 +130,16 @@ class Plan:
 
 @lru_cache(4096)
 def make_plan(
-    codec: Trellis, dtype: torch.dtype, scale: torch.dtype, task: Task, block: int, gpu: nvrtc.Launcher
+    codec: Codec, dtype: torch.dtype, scale: torch.dtype, task: Task, block: int, gpu: nvrtc.Launcher
 ) -> Plan:
     """As many copies of the table as there is room for; units so that blocks have equally much to do."""
     width = block if task.pairs == task.top_k and by_warps(block) else 0
     average = task.pairs / task.experts
     pair_tiles = next((tiles for tiles, pairs in _PAIRS_AN_EXPERT.items() if average <= pairs), 8)
-    pair_tiles = min(pair_tiles, max_tokens(gpu.arch) // 8)
+    pair_tiles = min(pair_tiles, max_tokens(gpu.arch) // 8 if isinstance(codec, Trellis) else _MOST_TILES)
     by_torch = task.pairs >= _SORTED_FROM or task.experts > _MOST_EXPERTS
-    few = pair_tiles == 1 or (pair_tiles == 2 and max_tokens(gpu.arch) == 64)  # else 16 warps lack registers
+    few = pair_tiles == 1 or (pair_tiles == 2 and max_tokens(gpu.arch) == 64)  # else 16 warps lack registers,
+    few &= not (isinstance(codec, NestedE8) and codec.q == 8)  # and with this code they always do
     shapes = ((2, 8), (4, 4), (1, 16), (2, 4)) if few else ((2, 4), (1, 8), (4, 2))
     for copies in (copies_in(codec, size) for size in (128, 64, 32)):
         plans = [
@@ -149,15 +157,12 @@ def make_plan(
 def matmul(
     x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int, gpu: nvrtc.Launcher, plan: Plan | None = None
 ) -> Tensor:
-    """As ops.experts, for a trellis codec and x [rows, in] in fp16 or bf16."""
-    trellis = get_codec(weights.codec)
-    assert isinstance(trellis, Trellis)
-    experts, row_tiles, col_tiles, _ = weights.codes.shape
-    pairs, rows = len(expert_of), weights.out_features
-    task = Task(pairs, experts, top_k, row_tiles, col_tiles)
-    plan = plan or make_plan(trellis, x.dtype, weights.scale.dtype, task, weights.block, gpu)
+    """As ops.experts, for x [rows, in] in fp16 or bf16."""
+    codec, pairs, rows = get_codec(weights.codec), len(expert_of), weights.out_features
+    task = Task.of(weights, pairs, top_k)
+    plan = plan or make_plan(codec, x.dtype, weights.scale.dtype, task, weights.block, gpu)
     expert_of = expert_of.contiguous()
-    order, by_expert = sort_pairs(expert_of, experts) if plan.sorted else (expert_of, expert_of)
+    order, by_expert = sort_pairs(expert_of, task.experts) if plan.sorted else (expert_of, expert_of)
     tokens, x = len(x), x.contiguous()
     if not plan.block:
         x = rotate_tiles(plain(x), weights.signs, weights.block, tokens, TILES, gpu)
@@ -165,9 +170,9 @@ def matmul(
     grid = min(gpu.multiprocessors, plan.limit(task) * plan.units(task))
     sums = grid * plan.wr * 64 * plan.at_once
     own = torch.empty(sums, dtype=torch.float32, device=x.device)
-    table = device_table(trellis, x.device, x.dtype)
+    table = device_table(codec, x.device, x.dtype)
     tensors = (weights.codes, x, weights.signs, order, by_expert, table, weights.scale, y, gpu.exchange(sums), own)
     words = by_expert.element_size() // 4
-    sizes = (words, plan.limit(task), pairs, experts, tokens, rows, row_tiles, col_tiles)
+    sizes = (words, plan.limit(task), pairs, task.experts, tokens, rows, task.row_tiles, task.col_tiles)
     gpu.launch(plan.source, "experts", grid, 32 * plan.warps, plan.shared(task), *tensors, *sizes)
     return y

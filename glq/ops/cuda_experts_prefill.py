@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.codecs import get_codec
+from glq.codecs import Codec, get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_prompt import ARCH
 from glq.ops.cuda_rotate import by_warps, rotate_pairs
@@ -84,9 +85,15 @@ class Plan:
         )
 
 
-def takes(experts: int, block: int, pairs: int, gpu: nvrtc.Launcher) -> bool:
+def takes(codec: Codec, experts: int, block: int, pairs: int, gpu: nvrtc.Launcher) -> TypeGuard[Trellis]:
     """Whether this is the way to multiply so many pairs; block: of the rotation."""
-    return gpu.arch == ARCH and experts <= _MOST_EXPERTS and by_warps(block) and pairs >= _FEW * experts
+    return (
+        isinstance(codec, Trellis)
+        and gpu.arch == ARCH
+        and experts <= _MOST_EXPERTS
+        and by_warps(block)
+        and pairs >= _FEW * experts
+    )
 
 
 @lru_cache(4096)

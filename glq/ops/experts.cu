@@ -1,4 +1,4 @@
-// y = (R x) W_eᵀ for pairs of a token and an expert e, W_e in trellis codes: decode.cu over the experts that have pairs.
+// y = (R x) W_eᵀ for pairs of a token and an expert e, W_e in codes: decode.cu over the experts that have pairs.
 //
 // What is multiplied is as tall as all segments' matrices, one above the other (pairs.cuh: an expert and up to CAP of its pairs).
 // Its units in row-major order are cut into as many runs as there are blocks, as in decode.cu, but by the blocks themselves:
@@ -6,27 +6,43 @@
 // Macros: those of one_token.cuh and pairs.cuh, and TOP_K: pair p has row p / TOP_K of x.
 
 // Threads beside these that registers are left for: those of the next rotation, which can start early.
-static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT == 1 && !BLOCK ? 32 : 0;
+static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT == 1 && !BLOCK && (TALL == 1 || __CUDA_ARCH__ == 900 && WARPS > 8) ? 32 : 0;
 
+// The experts' matrices.
+struct Matrices {
+  const u8* codes;
+  int rows, row_tiles, col_tiles;  // row_tiles: of docs/FORMAT.md
+
+  __device__ Matrices(const u8* codes, int rows, const Work& work)
+      : codes(codes), rows(rows), row_tiles(TALL == 1 ? work.row_tiles : (rows + 31) / 32), col_tiles(work.col_tiles) {}
+  __device__ __forceinline__ const u8* tile(int expert, int row, int col) const {
+    return codes + ((size_t)(expert * row_tiles + row) * col_tiles + col) * TILE_BYTES;
+  }
+  __device__ __forceinline__ Loader loader(int expert) const { return Loader(tile(expert, 0, 0), rows, col_tiles); }
+};
 // A warp's tiles, unit after unit.
 struct Cursor {
   const u8* tile;
+  Loader loader;
   int segment, row, col, left;  // units until the end of the run
 
-  __device__ Cursor(const Work& work, const Segment* segments, const u8* codes, int unit, int end, int groups, int wr, int wk) : left(end - unit) {
+  __device__ Cursor(const Work& work, const Segment* segments, const Matrices& matrices, int unit, int end, int groups, int wr, int wk)
+      : loader(matrices.loader(0)), left(end - unit) {
     const int group = unit / work.per_row;
     segment = group / groups;
     row = (group - segment * groups) * WR + wr;
     col = (unit - group * work.per_row) * WK + wk;
-    find(work, segments, codes);
+    find(segments, matrices);
   }
-  __device__ __forceinline__ void find(const Work& work, const Segment* segments, const u8* codes) {
-    tile = codes + ((size_t)(segments[segment].expert * work.row_tiles + row) * work.col_tiles + col) * TILE_BYTES;
+  __device__ __forceinline__ void find(const Segment* segments, const Matrices& matrices) {
+    const int expert = segments[segment].expert;
+    tile = matrices.tile(expert, TALL * row, col);
+    loader = matrices.loader(expert);
   }
   __device__ __forceinline__ bool is_tile(const Work& work) const {
     return left > 0 && row < work.row_tiles && col < work.col_tiles;
   }
-  __device__ __forceinline__ void advance(const Work& work, const Segment* segments, const u8* codes) {
+  __device__ __forceinline__ void advance(const Work& work, const Segment* segments, const Matrices& matrices) {
     --left;
     col += WK;
     tile += WK * TILE_BYTES;
@@ -35,7 +51,7 @@ struct Cursor {
     row += WR;
     const int height = (work.row_tiles + WR - 1) / WR * WR;
     if (row >= height) row -= height, ++segment;
-    find(work, segments, codes);
+    find(segments, matrices);
   }
 };
 
@@ -69,11 +85,12 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   };
   const int begin = work.begin(blockIdx.x), end = work.begin(blockIdx.x + 1);
   if (begin == end) return;
-  Cursor ahead(work, pairs.segments, codes, begin, end, groups, wr, wk);
+  const Matrices matrices(codes, rows, work);
+  Cursor ahead(work, pairs.segments, matrices, begin, end, groups, wr, wk);
   u32 now[REGS];
   bool is_tile = ahead.is_tile(work);
-  if (is_tile) load_codes(now, ahead.tile, lane);
-  ahead.advance(work, pairs.segments, codes);
+  if (is_tile) ahead.loader.load(now, ahead.tile, lane);
+  ahead.advance(work, pairs.segments, matrices);
   const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
   int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
 #if BLOCK
@@ -118,10 +135,10 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
       const u16* const mine = (const u16*)(xs + (unit - begin) % 2 * NEXT_STAGE) + (wk * CAP + slot) * X_STRIDE + 16 * t;
 #endif
       const bool more = ahead.is_tile(work);
-      if (is_tile) tile_product(acc, now, mine, copy, [&](int step) { if (more) load_used(now, ahead.tile, lane, step); });
-      else if (more) load_codes(now, ahead.tile, lane);
+      if (is_tile) tile_product(acc, now, mine, copy, [&](int step) { if (more) ahead.loader.load_used(now, ahead.tile, lane, step); });
+      else if (more) ahead.loader.load(now, ahead.tile, lane);
       is_tile = more;
-      ahead.advance(work, pairs.segments, codes);
+      ahead.advance(work, pairs.segments, matrices);
     }
     const bool ends = ku == per_row;
     later |= ends && !begins;

@@ -70,12 +70,14 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    if isinstance(get_codec(weights.codec), Trellis) and has_cuda_kernel(x, weights.codec):
+    trellis = isinstance(get_codec(weights.codec), Trellis)  # has a kernel for many pairs in CUDA C++
+    many = not trellis and grouped.applies(x, weights, len(expert_of)) and has_triton_kernel(x.device, weights.codec)
+    if has_cuda_kernel(x, weights.codec) and not many:
         return cuda_product(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
+    if many:
+        return grouped.matmul(x, weights, expert_of, top_k)
     if not has_triton_kernel(x.device, weights.codec):
         return experts_reference(x, weights, expert_of, top_k)
-    if grouped.applies(x, weights, len(expert_of)):
-        return grouped.matmul(x, weights, expert_of, top_k)
     from glq.ops import triton_experts
 
     return triton_experts.matmul(x, weights, expert_of, top_k)
@@ -83,5 +85,5 @@ def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) ->
 
 def cuda_product(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int, gpu: nvrtc.Launcher) -> Tensor:
     """By the kernel in CUDA C++ that is fastest for so many pairs."""
-    many = cuda_experts_prefill.takes(weights.count, weights.block, len(expert_of), gpu)
+    many = cuda_experts_prefill.takes(get_codec(weights.codec), weights.count, weights.block, len(expert_of), gpu)
     return (cuda_experts_prefill if many else cuda_experts).matmul(x, weights, expert_of, top_k, gpu)

@@ -1,12 +1,12 @@
 """Every kernel that a matrix may need, compiled and loaded ahead: no request waits for that, and no rank."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from glq import nvrtc
 from glq.codecs import get_codec
-from glq.codecs.trellis import Trellis
 from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_rotate
 from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
@@ -43,11 +43,10 @@ def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Laun
 def prepare_experts(weights: PackedExperts, dtype: torch.dtype, each: int, top_k: int, tokens: int) -> None:
     """The same for up to `tokens` tokens of `top_k` experts each, where a row of x has `each` of them."""
     device = weights.codes.device
-    trellis = isinstance(get_codec(weights.codec), Trellis)
-    if not trellis or not has_cuda_kernel(torch.empty(1, device=device, dtype=dtype), weights.codec):
+    if not has_cuda_kernel(torch.empty(1, device=device, dtype=dtype), weights.codec):
         return
-    facts = (weights.codec, weights.codes.shape[:3], weights.block, weights.scale.dtype, dtype)
-    for pairs in kernel_pairs(*facts, each, top_k, tokens, nvrtc.gpu(device)):
+    facts = (weights.codec, cuda_experts.Task.of(weights, 0, each), weights.block, weights.scale.dtype, dtype)
+    for pairs in kernel_pairs(*facts, top_k, tokens, nvrtc.gpu(device)):
         x = torch.zeros(pairs // each, weights.in_features, dtype=dtype, device=device)
         expert_of = torch.arange(pairs, device=device) % weights.count
         sizes = (weights.codec, weights.out_features, weights.block)
@@ -57,24 +56,21 @@ def prepare_experts(weights: PackedExperts, dtype: torch.dtype, each: int, top_k
 @cache
 def kernel_pairs(
     codec: str,
-    tiles: tuple[int, int, int],
+    task: cuda_experts.Task,
     block: int,
     scale: torch.dtype,
     dtype: torch.dtype,
-    each: int,
     top_k: int,
     tokens: int,
     gpu: nvrtc.Launcher,
 ) -> tuple[int, ...]:
-    """Numbers of pairs, one for each kernel that up to `tokens` tokens take. tiles: experts, row and column tiles."""
-    trellis, found = get_codec(codec), dict[object, int]()
-    assert isinstance(trellis, Trellis)
+    """Numbers of pairs, one for each kernel that up to `tokens` tokens take; task: of any number."""
+    of, found = get_codec(codec), dict[object, int]()
     for pairs in range(top_k, tokens * top_k + 1, top_k):
         plan: cuda_experts.Plan | cuda_experts_prefill.Plan
-        if cuda_experts_prefill.takes(tiles[0], block, pairs, gpu):
-            plan = cuda_experts_prefill.make_plan(trellis, dtype, scale, pairs / tiles[0], gpu)
+        if cuda_experts_prefill.takes(of, task.experts, block, pairs, gpu):
+            plan = cuda_experts_prefill.make_plan(of, dtype, scale, pairs / task.experts, gpu)
         else:
-            task = cuda_experts.Task(pairs, tiles[0], each, *tiles[1:])
-            plan = cuda_experts.make_plan(trellis, dtype, scale, task, block, gpu)
-        found.setdefault((plan.source, pairs // each > cuda_rotate.FEW), pairs)
+            plan = cuda_experts.make_plan(of, dtype, scale, replace(task, pairs=pairs), block, gpu)
+        found.setdefault((plan.source, pairs // task.top_k > cuda_rotate.FEW), pairs)
     return tuple(found.values())
