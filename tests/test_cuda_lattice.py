@@ -52,7 +52,7 @@ def test_batch_of_every_shape_of_lattices(shape, parts):
 
 
 def test_batches_of_lattices_have_plans_for_every_matrix():
-    for name, tokens, rows, cols in product(LATTICES, (17, 33, 65, 128, 512), (1, 130, 4096, 28672), (64, 200, 14336)):
+    for name, tokens, rows, cols in product(LATTICES, (17, 33, 65, 128), (1, 130, 4096, 28672), (64, 200, 14336)):
         plan = cuda_batch.make_plan(tokens, torch.float16, Matrix(name, torch.float16, rows, cols, 0), 132)
         assert plan.shape in LATTICE_SHAPES
         assert plan.shared <= 227 * 1024

@@ -151,19 +151,20 @@ def test_batches_have_plans_for_every_matrix():
         assert plan.parts == 1 or plan.parts * plan.tiles(tokens, rows) <= 132
 
 
+TAKEN = [name for name in CODECS if cuda_prompt.most_tokens(CODECS[name])]
 PROMPT_SHAPES = [cuda_prompt.Shape(128, 2), cuda_prompt.Shape(256, 2)]
 
 
 def check_prompt(name, tokens, rows, cols, shape, clusters, dtype=torch.float16, block=41):
     x, weight = problem(name, tokens, rows, cols, block, dtype)
     gpu = Emulator(2, resident=6)
-    plan = cuda_prompt.fill(TRELLISES[name], dtype, torch.float16, shape, clusters)
+    plan = cuda_prompt.fill(CODECS[name], dtype, torch.float16, shape, clusters)
     assert error(multiply(cuda_prompt, x, weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was
 
 
 @emulated
-@pytest.mark.parametrize(("name", "dtype"), list(zip(TRELLISES, cycle([torch.float16, torch.bfloat16]), strict=False)))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(TAKEN, cycle([torch.bfloat16, torch.float16]), strict=False)))
 def test_prompt_of_every_codec(name, dtype):
     check_prompt(name, 3, 200, 328, PROMPT_SHAPES[0], 2, dtype)
 
@@ -178,7 +179,8 @@ def test_prompt_of_every_codec(name, dtype):
     ],
 )
 def test_prompt_of_every_shape(rows, shape):
-    check_prompt("trellis-3.75", shape.tokens + 9, rows, 328, shape, 3)
+    for name in ("trellis-3.75", "e8-3.5"):
+        check_prompt(name, shape.tokens + 9, rows, 328, shape, 3)
 
 
 @emulated
@@ -207,6 +209,10 @@ def test_products_of_warpgroups_keep_their_pipeline():
         shapes = [shape for shape in BATCH_SHAPES if shape not in spills]
         plans = [cuda_batch.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in shapes]
         plans += [cuda_prompt.fill(TRELLISES[name], torch.float16, torch.float16, shape) for shape in PROMPT_SHAPES]
+        if name == "trellis-4":
+            plans += [
+                cuda_prompt.fill(CODECS["e8-3.5"], torch.bfloat16, torch.float16, shape) for shape in PROMPT_SHAPES
+            ]
         for plan in plans:
             assert plan.shared <= 227 * 1024
             _, report = plan.source.compile_and_report("sm_90a")

@@ -207,7 +207,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu(name, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))

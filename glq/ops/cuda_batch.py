@@ -7,14 +7,13 @@ import torch
 
 from glq import nvrtc
 from glq.codecs import Codec, get_codec
-from glq.codecs.e8 import FactoredE8, ResidualE8
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
-MOST = 512  # tokens
+MOST = 128  # tokens
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _ROTATION = 3 * 1024  # of them that the next rotation takes
 _BARRIERS = 256  # bytes
@@ -94,13 +93,10 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
     return spread_out(fill(codec, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
 
 
-def most_tokens(codec: Codec) -> int:
-    """Up to how many tokens this is faster than dequantizing, for codes that ops/prompt.cu does not take."""
-    return MOST if isinstance(codec, FactoredE8) else 256 if isinstance(codec, ResidualE8) else 128
-
-
-def _of_lattice(tokens: int, tall: bool) -> Shape:
+def _of_lattice(tokens: int, tall: bool) -> Shape | None:
     """Warps have tiles of 32 rows each, so two have 64 together."""
+    if tokens > MOST:
+        return None
     if tokens <= 64:
         return Shape(32 if tokens <= 32 else 64, 2, *((2, 2) if tall else (1, 4)))
     return Shape(128, 2, *((2, 1) if tall else (1, 2)))
@@ -112,7 +108,7 @@ def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | N
         return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
         return Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
-    if tokens <= 128 and (signed or not tall):
+    if tokens <= MOST and (signed or not tall):
         return Shape(128, 2, 2, 1) if tall else Shape(128, 4, *((1, 3) if signed and weights <= _SMALLER else (2, 2)))
     return None
 

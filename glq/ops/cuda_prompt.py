@@ -1,4 +1,4 @@
-"""The product with many tokens on a Hopper GPU: launches ops/prompt.cu, for trellis codecs."""
+"""The product with many tokens on a Hopper GPU: launches ops/prompt.cu, for all codecs but nested ones."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -6,13 +6,16 @@ from functools import cached_property
 import torch
 
 from glq import nvrtc
-from glq.codecs.trellis import Trellis
+from glq.codecs import Codec, get_codec
+from glq.codecs.e8 import ResidualE8
+from glq.codecs.nested import NestedE8
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
+MOST = 2048  # tokens
 _SMALL = 1 << 25  # weights of a matrix
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _BARRIERS = 256  # bytes
@@ -30,7 +33,7 @@ class Shape:
 class Plan:
     """How a product is spread over the GPU: ops/prompt.cu."""
 
-    codec: Trellis
+    codec: Codec
     dtype: torch.dtype  # of x: fp16 or bf16
     scale: torch.dtype
     shape: Shape
@@ -61,14 +64,19 @@ class Plan:
         return -(-tokens // self.shape.tokens) * -(-out_features // (self.rows * self.shape.cluster))
 
 
+def most_tokens(codec: Codec) -> int:
+    """Up to how many this is faster than dequantizing. Nested codes take longer to decode than their products."""
+    return 0 if isinstance(codec, NestedE8) else 1024 if isinstance(codec, ResidualE8) else MOST
+
+
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan:
-    """What was fastest on an H100 (docs/decisions.md, "Kernels for many tokens")."""
+    """What was fastest on an H100 (docs/decisions.md, "Kernels for many tokens"), for a codec that this takes."""
     few = tokens <= 128 or (tokens <= 256 and matrix.rows * matrix.cols < _SMALL)
-    plan = fill(matrix.trellis, dtype, matrix.scale, Shape(128 if few else 256, 2))
+    plan = fill(get_codec(matrix.codec), dtype, matrix.scale, Shape(128 if few else 256, 2))
     return spread_out(plan, tokens, matrix, multiprocessors)
 
 
-def fill(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clusters: int = 1) -> Plan:
+def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clusters: int = 1) -> Plan:
     """As many copies of the table as 128 KB hold, and as many stages as there is room for."""
     copies, stage = copies_in(codec, 128), 128 * shape.tokens
     holes = 3 * (HOLE // stage)

@@ -24,10 +24,11 @@ from glq.rotation import rotate
 # Measured on an H100: docs/benchmarks.md
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
-MANY = 2049  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
+MANY = cuda_prompt.MOST + 1  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
 _MANY_IN_OWN_BASIS = 1792  # … and where that is made in the model's basis, so that x is not rotated
 # One for each kernel; what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without.
 _TRELLISES = {"trellis-2": (1, _FEW, _FEW + 1, 129, 257, MANY), "trellis-4": (129, 257)}
+_LATTICE = (1, _FEW, _FEW + 1, DECODED + 1, 129, 257, MANY)
 Product = Callable[[Input, Tensor, Tensor, Tensor], Tensor]  # of x and a PackedLinear's codes, scale and signs
 
 
@@ -78,9 +79,7 @@ def _nvrtc_works(device: torch.device, kind: str) -> bool:
         return False
     try:
         gpu = nvrtc.gpu(device)
-        for codec, tokens in (
-            _TRELLISES if kind == "trellis" else {kind: (1, _FEW, _FEW + 1, DECODED + 1, 513)}
-        ).items():
+        for codec, tokens in (_TRELLISES if kind == "trellis" else {kind: _LATTICE}).items():
             try_out(lambda x, weight: cuda_product(plain(x), weight, gpu), device, codec, tokens)
     except Exception as error:  # noqa: BLE001 (cuda-core, NVRTC and the driver have kinds of their own)
         warnings.warn(f"glq's CUDA kernels cannot be used for {kind} codes, Triton's are: {error}", stacklevel=2)
@@ -131,7 +130,7 @@ def _most_tokens(codec: str, gpu: nvrtc.Launcher) -> int:
     """Of a product with codes as they are; with more the matrix is dequantized."""
     if gpu.arch != cuda_prompt.ARCH:
         return DECODED
-    return MANY - 1 if isinstance(get_codec(codec), Trellis) else cuda_batch.most_tokens(get_codec(codec))
+    return max(cuda_batch.MOST, cuda_prompt.most_tokens(get_codec(codec)))
 
 
 def makes_input(codec: str, tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
@@ -191,7 +190,4 @@ def kernel_tokens(out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     many = cuda_dequantize.own_basis_tokens(out_features)
     few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    tiles = range(
-        129, cuda_batch.MOST, 128
-    )  # of 128 tokens: by how many there are they differ in how blocks share them
-    return sorted(few | {DECODED + 1, *tiles, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})
+    return sorted(few | {DECODED + 1, cuda_batch.MOST + 1, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})

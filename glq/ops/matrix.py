@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from glq.codecs import get_codec
-from glq.codecs.trellis import Trellis
-
 
 class Matrix(NamedTuple):
     """W [rows, cols] in codes."""
@@ -16,12 +13,6 @@ class Matrix(NamedTuple):
     rows: int
     cols: int
     block: int  # width of the rotation
-
-    @property
-    def trellis(self) -> Trellis:
-        codec = get_codec(self.codec)
-        assert isinstance(codec, Trellis)
-        return codec
 
     @property
     def tiles(self) -> tuple[int, int]:

@@ -88,6 +88,39 @@ __device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers
 
 // ---- the product ----
 
+#ifdef NESTED  // lattice.cuh
+// A warp has one half of each of its tile's words: an entry, or two, of two pairs.
+static constexpr int FOUND = SECOND ? 32 : 16;
+__device__ __forceinline__ void take_words(u32* words, const u32* r, int, int) {
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = word_of(r, i);
+}
+// Where the entry of a word's half begins, of a table of four times 2^BITS, which begins at `first`.
+template <int BITS> __device__ __forceinline__ u32 place_of(u32 word, int half, u32 first) {
+  constexpr u32 MASK = (1 << BITS) - 1;
+  const u32 upper = word >> BITS, entry = half ? word : upper;
+  return ((entry & MASK | upper & 3 << BITS) + first) * STRIDE;
+}
+__device__ __forceinline__ void hash_words(u32* hashes, const u32* words, int part) {
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    hashes[i] = place_of<FIRST>(words[i], part % 2, 0);
+    if (SECOND) hashes[8 + i] = place_of<SECOND>(words[i] >> 2 + 2 * FIRST, part % 2, 4 << FIRST);
+  }
+}
+__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
+  #pragma unroll
+  for (int i = 0; i < FOUND / 2; ++i) {
+    const uint2 two = load_shared8((hashes[i] | copy) + TABLE_AT);
+    found[2 * i] = two.x, found[2 * i + 1] = two.y;
+  }
+}
+__device__ __forceinline__ void finish(u32* a, const u32* found, const u32*, u32 none) {
+  #pragma unroll
+  for (int i = 0; i < 16; ++i)
+    a[i] = !SECOND ? found[i] ^ none : BF16 ? fma2_bf16(found[i], 0x3F803F80, found[16 % FOUND + i]) : add2(found[i], found[16 % FOUND + i]);
+}
+#else
 // Of the eight words that a lane has of a tile, the bits that make two pairs of the part-th 16 rows each. Only those of the last part, or two, go on in
 // the word after it in the strip, which lane `after` has.
 __device__ __forceinline__ void take_words(u32* words, const u32* r, int part, int after) {
@@ -119,7 +152,7 @@ __device__ __forceinline__ void take_words(u32* words, const u32* r, int part, i
   }
 }
 // Of a unit's 16 pairs.
-__device__ __forceinline__ void hash_words(u32* hashes, const u32* words) {
+__device__ __forceinline__ void hash_words(u32* hashes, const u32* words, int) {
   constexpr int STEP = CODE_BITS / 8;
   #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -128,22 +161,28 @@ __device__ __forceinline__ void hash_words(u32* hashes, const u32* words) {
   }
 }
 // Their signs are still missing if these lie apart.
-__device__ __forceinline__ void look_up(u32* pairs, const u32* hashes, u32 copy) {
+__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
   #pragma unroll
-  for (int i = 0; i < 16; ++i) pairs[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
+  for (int i = 0; i < 16; ++i) found[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
 }
-struct Codes {  // of a warpgroup
+static constexpr int FOUND = 16;
+__device__ __forceinline__ void finish(u32* a, const u32* found, const u32* hashes, u32 none) {
+  #pragma unroll
+  for (int i = 0; i < 16; ++i) a[i] = found[i] ^ ((SIGNED ? none : hashes[i]) & 0x80008000u);
+}
+#endif
+struct Codes {  // of a warp
   const u8* codes;
-  int row_tiles, col_tiles, token_blocks, own;  // own: which row tile of a cluster's
+  int row_tiles, col_tiles, token_blocks, own;  // tiles of docs/FORMAT.md; own: which row tile of a cluster's
 
   __device__ __forceinline__ const u8* at(int tile, int col) const {
-    const int row_tile = min(tile / token_blocks * (GROUPS * CLUSTER) + own, row_tiles - 1);
+    const int row_tile = min(tile / token_blocks * (TALL * GROUPS * CLUSTER) + own, row_tiles - 1);
     return codes + ((size_t)row_tile * col_tiles + col) * TILE_BYTES;
   }
 };
 // A run's first units, into the L2 cache: long before they are loaded.
 __device__ __forceinline__ void request_first(const Codes& codes, int unit) {
-  const int lane = threadIdx.x % 128;
+  const int lane = threadIdx.x % (128 / TALL);
   const u8* const from = codes.at(unit / codes.col_tiles, unit % codes.col_tiles);
   if (lane < min(FAR, codes.col_tiles - unit % codes.col_tiles) * TILE_BYTES / 128) request_to_l2(from + 128 * lane);
 }
@@ -267,15 +306,11 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   const int lane = keep(threadIdx.x % 32), part = uniform(threadIdx.x / 32) % 4, after = lane + 4;
   const u32 full = shared_address(memory) + BARRIERS_AT, empty = keep(full + 8 * STAGES), copy = keep(own_copy() | shared_address(memory) - TABLE_AT);
   const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1);
-  const bool requests = part == 0 && lane < TILE_BYTES / 128;
+  const bool requests = part % (4 / TALL) == 0 && lane < TILE_BYTES / 128;
   // Registers that products read are written by an instruction of their own after the wait, which the assembler cannot merge with the load
   // of a pair, as it does not know that there are no signs to change. (It would be wrong then, or wait for each product.)
   const u32 none = (u32)(out.rows >> 31);
-  u32 r[REGS], words[8], hashes[16], pairs[16], a[16];
-  auto finish = [&] {
-    #pragma unroll
-    for (int i = 0; i < 16; ++i) a[i] = pairs[i] ^ ((SIGNED ? none : hashes[i]) & 0x80008000u);
-  };
+  u32 r[LANE_REGS], words[8], hashes[16], found[FOUND], a[16];
   Stream stream(codes, run_begin, end, lane);
   stream.load(r, requests);
   fill_table(memory, table, 32 * WARPS);
@@ -283,9 +318,9 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   await_cluster();
   take_words(words, r, part, after);
   stream.load(r, requests);
-  hash_words(hashes, words);
-  look_up(pairs, hashes, copy);
-  finish();
+  hash_words(hashes, words, part);
+  look_up(found, hashes, copy);
+  finish(a, found, hashes, none);
   take_words(words, r, part, after);
   stream.load(r, requests);
   wait_for_previous();
@@ -307,15 +342,15 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
       for (int s = 0; s < 4; ++s) multiply(acc, a + 4 * s, describe(b, 16 * s));
       commit_products();
       await(in_shared<u64>(full + 8 * place.stage), place.parity);  // it has come: but a loop, ahead of which the assembler puts nothing of what follows
-      hash_words(hashes, words);
+      hash_words(hashes, words, part);
       take_words(words, r, part, after);
       stream.load(r, requests);
-      look_up(pairs, hashes, copy);
+      look_up(found, hashes, copy);
       await_products<0>();
       if (unit + STAGES < end && lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
       place.advance();
-      settle(pairs);
-      finish();
+      settle(found);
+      finish(a, found, hashes, none);
     }
     settle(acc);
     put_tile(acc, work, out, handed, tile, begin, unit - tile * work.col_tiles);
@@ -348,7 +383,8 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
     return;
   }
   take_registers<TAKEN>();
-  const Codes mine{codes, row_tiles, col_tiles, work.token_blocks, own_rank() * GROUPS + uniform(threadIdx.x / 128)};
+  const int row_tile = own_rank() * GROUPS + uniform(threadIdx.x / 128), of_codes = TALL == 1 ? row_tiles : (rows + 31) / 32;
+  const Codes mine{codes, of_codes, col_tiles, work.token_blocks, TALL * row_tile + (TALL == 1 ? 0 : uniform(threadIdx.x / 32) % 4 / 2)};
   request_first(mine, work.begin(own_run()));
   multiply_run(work, memory, table, mine, Output{y, scale, tokens, rows}, handed);
 }
