@@ -97,7 +97,7 @@ def make_product(
 ) -> Product:
     """For x of that kind, on a GPU whose arch is ARCH."""
     tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
-    assert plan.clusters <= tiles * col_tiles
+    assert plan.clusters <= tiles * col_tiles < (1 << 32) // plan.clusters  # that it multiplies in 32 bits
     blocks = plan.clusters * plan.shape.cluster
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
     return Product(

@@ -70,12 +70,13 @@ def experts_reference(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_
 
 def _on_gpu(x: Tensor, weights: PackedExperts, expert_of: Tensor, top_k: int) -> Tensor:
     """By what is fastest for so many pairs."""
-    trellis = isinstance(get_codec(weights.codec), Trellis)  # has a kernel for many pairs in CUDA C++
-    many = not trellis and grouped.applies(x, weights, len(expert_of)) and has_triton_kernel(x.device, weights.codec)
-    if has_cuda_kernel(x, weights.codec) and not many:
+    by_cuda = has_cuda_kernel(x, weights.codec)  # of which only trellises have a kernel for many pairs
+    if by_cuda and isinstance(get_codec(weights.codec), Trellis):
         return cuda_product(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
-    if many:
+    if grouped.applies(x, weights, len(expert_of)) and has_triton_kernel(x.device, weights.codec):
         return grouped.matmul(x, weights, expert_of, top_k)
+    if by_cuda:
+        return cuda_product(x, weights, expert_of, top_k, nvrtc.gpu(x.device))
     if not has_triton_kernel(x.device, weights.codec):
         return experts_reference(x, weights, expert_of, top_k)
     from glq.ops import triton_experts
