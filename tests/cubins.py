@@ -31,3 +31,11 @@ def spilled(report: str) -> set[int]:
     if not report.strip():
         pytest.skip("this NVRTC does not say what its assembler does")
     return {int(n) for n in re.findall(r"(\d+) bytes spill", report)}
+
+
+def check_pipeline(plan) -> None:
+    """Products of warpgroups run while others are made ready: ptxas says so where they do not."""
+    assert plan.shared <= 227 * 1024
+    _, report = plan.source.compile_and_report("sm_90a")
+    assert "serialized" not in report
+    assert spilled(report) == {0}

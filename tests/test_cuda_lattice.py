@@ -5,12 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from cubins import TRELLISES, spilled
+from cubins import TRELLISES, check_pipeline
 from emulator import Emulator
-from test_cuda_matmul import check, check_batch, emulated, problem
+from test_cuda_matmul import PROMPT_SHAPES, check, check_batch, emulated, problem
 
 from glq.codecs import CODECS
-from glq.ops import cuda_batch, cuda_dequantize
+from glq.ops import cuda_batch, cuda_dequantize, cuda_prompt
 from glq.ops.matrix import Matrix
 
 LATTICES = [name for name in CODECS if name not in TRELLISES]
@@ -62,8 +62,9 @@ def test_batches_of_lattices_have_plans_for_every_matrix():
 @pytest.mark.parametrize(("name", "shape"), [("e8-3.5", LATTICE_SHAPES[-1]), ("nested-3.5", LATTICE_SHAPES[2])])
 def test_products_of_warpgroups_keep_their_pipeline(name, shape):
     """ptxas says so where it does not."""
-    plan = cuda_batch.fill(CODECS[name], torch.float16, torch.float16, shape)
-    assert plan.shared <= 227 * 1024
-    _, report = plan.source.compile_and_report("sm_90a")
-    assert "serialized" not in report
-    assert spilled(report) == {0}
+    check_pipeline(cuda_batch.fill(CODECS[name], torch.float16, torch.float16, shape))
+
+
+@pytest.mark.parametrize("shape", PROMPT_SHAPES)
+def test_many_tokens_of_a_code_in_two_stages_keep_theirs(shape):
+    check_pipeline(cuda_prompt.fill(CODECS["e8-3.5"], torch.bfloat16, torch.float16, shape))

@@ -86,6 +86,8 @@ class Plan:
 
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan | None:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
+    if tokens > MOST:
+        return None
     codec, tall = get_codec(matrix.codec), matrix.rows > 128 * multiprocessors  # for all tiles of 128 rows at once
     shape = _shape(tokens, matrix, codec, tall) if isinstance(codec, Trellis) else _of_lattice(tokens, tall)
     if shape is None:
@@ -93,10 +95,8 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
     return spread_out(fill(codec, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
 
 
-def _of_lattice(tokens: int, tall: bool) -> Shape | None:
+def _of_lattice(tokens: int, tall: bool) -> Shape:
     """Warps have tiles of 32 rows each, so two have 64 together."""
-    if tokens > MOST:
-        return None
     if tokens <= 64:
         return Shape(32 if tokens <= 32 else 64, 2, *((2, 2) if tall else (1, 4)))
     return Shape(128, 2, *((2, 1) if tall else (1, 2)))
@@ -108,7 +108,7 @@ def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | N
         return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if signed else 3)
     if tokens <= 64:
         return Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
-    if tokens <= MOST and (signed or not tall):
+    if signed or not tall:
         return Shape(128, 2, 2, 1) if tall else Shape(128, 4, *((1, 3) if signed and weights <= _SMALLER else (2, 2)))
     return None
 
