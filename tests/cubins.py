@@ -18,7 +18,7 @@ def rates(case: str) -> list[str]:
     """Trellis codes that are compiled for it."""
     if case == HOPPER_AT_EVERY_RATE:
         return list(TRELLISES)
-    return [f"trellis-{bits}" for bits in ((1.5, 2, 2.75, 3, 3.25, 4) if case == HOPPER else (2.25, 4))]
+    return [f"trellis-{bits}" for bits in ((1.5, 3, 3.25, 4) if case == HOPPER else (2.25, 4))]
 
 
 def lattices(case: str) -> list[str]:

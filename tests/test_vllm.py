@@ -112,11 +112,15 @@ def checkpoint(request, text_file, tmp_path_factory):
 PROMPTS = [[0, 5 + i, 9, 30 + i, 200 - i] for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"packed": True}, {"packed": True, "enforce_eager": False}], ids=["decoded", "packed", "compiled"]
-)
+@pytest.mark.parametrize("options", [{}, {"packed": True}], ids=["decoded", "packed"])
 def test_a_tiny_model_is_transformers(options, checkpoint, vllm):
     assert_same(vllm(checkpoint, PROMPTS, **options), load(checkpoint, device="cpu"), PROMPTS, 1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [pytest.param("tied", marks=pytest.mark.slow), "untied"], indirect=True)
+def test_a_compiled_tiny_model_is_transformers(checkpoint, vllm):
+    answer = vllm(checkpoint, PROMPTS, packed=True, enforce_eager=False)
+    assert_same(answer, load(checkpoint, device="cpu"), PROMPTS, 1e-4)
 
 
 def test_two_ranks_are_one(tiny_even, vllm):

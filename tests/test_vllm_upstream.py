@@ -21,6 +21,7 @@ def test_packed(vllm, codec, tmp_path):  # noqa: F811
     assert answer["calls"]["upstream_matmul"] > 0
 
 
+@pytest.mark.slow
 def test_packed_and_compiled(vllm, tmp_path):  # noqa: F811
     model = llama(**HEADS)
     path, expected = write_model(tmp_path / "m", model, Writer("e8p", 3))
