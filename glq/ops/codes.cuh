@@ -24,6 +24,14 @@ __device__ __forceinline__ void load_codes(u32* r, const u8* tile, int lane) {
   if (P8) load8(r + 4 * P16, tile + 512 * P16 + 8 * lane);
   if (P4) load4(r + LANE_REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
 }
+// The same, where the lane's first piece is at `at`, if they have 16 bytes.
+__device__ __forceinline__ void load_codes_at(u32* r, const u8* at, int lane) {
+  constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;
+  #pragma unroll
+  for (int i = 0; i < P16; ++i) load16(r + 4 * i, at + 512 * i);
+  if (P8) load8(r + 4 * P16, at + 512 * P16 - 8 * (long long)lane);
+  if (P4) load4(r + LANE_REGS - 1, at + 32 * (CODE_BITS - 4) - 12 * (long long)lane);
+}
 // The pieces of which step s of the product (two words) used the last; r: now those of another tile.
 __device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int s) {
   constexpr int P16 = CODE_BITS / 16, P8 = CODE_BITS % 16 / 8, P4 = CODE_BITS % 8 / 4;

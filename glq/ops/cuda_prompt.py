@@ -54,7 +54,7 @@ class Plan:
     def source(self) -> nvrtc.Source:
         own = {"TOKENS": self.shape.tokens, "CLUSTER": self.shape.cluster, "STAGES": self.stages}
         defined = macros(self.codec, self.copies, self.dtype, self.scale, **own)
-        parts = ("wgmma", "cluster", "output", "exchange", "slots")
+        parts = ("wgmma", "cluster", "output", "exchange", "slots", "quarters")
         return nvrtc.Source(
             (*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/prompt.cu"), defined, of_one_arch=True
         )

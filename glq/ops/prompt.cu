@@ -1,5 +1,5 @@
-// y = x Vᵀ · scale for many tokens on Hopper: warps decode V straight into the registers that warpgroups multiply from, the next unit's while
-// the products of one run.
+// y = x Vᵀ · scale for many tokens on Hopper: warps decode V straight into the registers that warpgroups multiply from (quarters.cuh), the next unit's
+// while the products of one run.
 //
 // A tile of y is 64 rows for each of two warpgroups × TOKENS tokens; a unit is one step of it, 64 columns. CLUSTER blocks with rows side by side
 // bring x, which comes rotated, for each other: each a share of a unit, to all. It goes through a ring of STAGES units, which one thread fills.
@@ -15,9 +15,10 @@ static constexpr int GROUPS = 2;  // warpgroups that multiply
 static constexpr int TAKEN = 240, LEFT = 24;  // registers of their threads, and of the others': all that a block has, 168 a thread
 static constexpr int WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128, ROWS = 64 * GROUPS;
 static_assert(32 * WARPS * TAKEN + 128 * LEFT <= THREADS * (65536 / THREADS / 8 * 8), "who takes registers waits for those that others leave");
+static constexpr int TILES_OF_CODES = GROUPS * TALL;  // of docs/FORMAT.md, that a block's rows have
 static constexpr int STAGE_BYTES = TOKENS * 128, SHARE = STAGE_BYTES / CLUSTER;
 static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
-static constexpr int FAR = 3;               // units whose codes are requested into the L2 cache ahead of their loads
+static constexpr int FAR = 3;               // units whose codes are requested into the L2 cache ahead of their x
 
 // ---- which units a run has ----
 
@@ -72,106 +73,45 @@ struct Place {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
-// What is brought of x, by one thread.
+// A release of the ring: the n-th says that all units before a run's n-th are multiplied, and comes once more after the last. So what brings unit n waits
+// for release n − (STAGES − 1).
+static_assert(STAGES > 1, "the first unit's x waits for none");
+struct Releases {
+  Barriers* barriers;
+  Place place{0, 0};
+  int unit = 0, seen = 0;
+
+  __device__ __forceinline__ void await_next() {
+    await(barriers->empty + place.stage, place.parity);
+    place.advance();
+    ++seen;
+  }
+  __device__ __forceinline__ void before_next_unit() {
+    if (unit >= STAGES - 1) await_next();
+    ++unit;
+  }
+};
+// What is brought of x, by one thread, which sees all releases, so that none comes to a block that is over.
 __device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers* barriers, const u16* x, int padded) {
   Place place{0, 0};
+  Releases releases{barriers};
   const int rank = own_rank();
   wait_for_previous();
   #pragma unroll 1
   for (Cursor at(work); at.left; at.advance(work.col_tiles), place.advance()) {
     const u16* const from = x + ((size_t)at.col * padded + at.tile % work.token_blocks * TOKENS) * 64 + rank * (SHARE / 2);
-    await(barriers->empty + place.stage, place.parity ^ 1);
+    releases.before_next_unit();
     expect(barriers->full + place.stage, STAGE_BYTES);
     copy_to_cluster<CLUSTER>(memory + stage_at(place.stage) + rank * SHARE, from, SHARE, barriers->full + place.stage);
   }
+  #pragma unroll 1
+  while (releases.seen <= releases.unit) releases.await_next();
 }
 
 // ---- the product ----
 
-#ifdef NESTED  // lattice.cuh
-// A warp has one half of each of its tile's words: an entry, or two, of two pairs.
-static constexpr int FOUND = SECOND ? 32 : 16;
-__device__ __forceinline__ void take_words(u32* words, const u32* r, int, int) {
-  #pragma unroll
-  for (int i = 0; i < 8; ++i) words[i] = word_of(r, i);
-}
-// Where the entry of a word's half begins, of a table of four times 2^BITS, which begins at `first`.
-template <int BITS> __device__ __forceinline__ u32 place_of(u32 word, int half, u32 first) {
-  constexpr u32 MASK = (1 << BITS) - 1;
-  const u32 upper = word >> BITS, entry = half ? word : upper;
-  return ((entry & MASK | upper & 3 << BITS) + first) * STRIDE;
-}
-__device__ __forceinline__ void hash_words(u32* hashes, const u32* words, int part) {
-  #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    hashes[i] = place_of<FIRST>(words[i], part % 2, 0);
-    if (SECOND) hashes[8 + i] = place_of<SECOND>(words[i] >> 2 + 2 * FIRST, part % 2, 4 << FIRST);
-  }
-}
-__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
-  #pragma unroll
-  for (int i = 0; i < FOUND / 2; ++i) {
-    const uint2 two = load_shared8((hashes[i] | copy) + TABLE_AT);
-    found[2 * i] = two.x, found[2 * i + 1] = two.y;
-  }
-}
-__device__ __forceinline__ void finish(u32* a, const u32* found, const u32*, u32 none) {
-  #pragma unroll
-  for (int i = 0; i < 16; ++i)
-    a[i] = !SECOND ? found[i] ^ none : BF16 ? fma2_bf16(found[i], 0x3F803F80, found[16 % FOUND + i]) : add2(found[i], found[16 % FOUND + i]);
-}
-#else
-// Of the eight words that a lane has of a tile, the bits that make two pairs of the part-th 16 rows each. Only those of the last part, or two, go on in
-// the word after it in the strip, which lane `after` has.
-__device__ __forceinline__ void take_words(u32* words, const u32* r, int part, int after) {
-  constexpr int END = CODE_BITS % 32;
-  const int skip = CODE_BITS * part / 4;  // bits of a word that are others'
-  const bool late = skip >= 32, goes_on = skip + CODE_BITS / 8 + 16 > CODE_BITS;
-  auto word = [&](int i, int n) {  // its n-th 32 bits
-    const int at = CODE_BITS * i / 32 + n, shift = CODE_BITS * i % 32;
-    return at >= REGS ? 0 : shift == 0 || at + 1 >= REGS ? r[at] >> shift : __funnelshift_r(r[at], r[at + 1], shift);
-  };
-  if (goes_on) {
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      u32 w[3] = {word(i, 0), word(i, 1), 0};
-      const u32 next = __shfl_sync(~0u, w[0], after);
-      if (CODE_BITS == 64) w[2] = next;
-      else if (CODE_BITS == 32) w[1] = next;
-      else if (CODE_BITS == 48) w[1] = prmt(w[1], next, 0x5410);
-      else {
-        u32* const last = w + CODE_BITS / 32;
-        last[0] = last[0] & ((1u << END) - 1) | next << END;
-        last[1] = (next & 0xFFFF) >> (32 - END);
-      }
-      words[i] = CODE_BITS == 64 ? __funnelshift_r(w[1], w[2], 16) : __funnelshift_r(late ? w[1] : w[0], late ? w[2] : w[1], skip % 32);
-    }
-  } else {
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = __funnelshift_r(late ? word(i, 1) : word(i, 0), word(i, 1), skip % 32);
-  }
-}
-// Of a unit's 16 pairs.
-__device__ __forceinline__ void hash_words(u32* hashes, const u32* words, int) {
-  constexpr int STEP = CODE_BITS / 8;
-  #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const u32 w = words[i / 2], e = i % 2;
-    hashes[i] = hash(SIGNED ? w >> STEP * e : STEP == 8 ? prmt(w, w, e ? 0x2121 : 0x1010) : prmt(w >> STEP * e, 0, 0x1010));
-  }
-}
-// Their signs are still missing if these lie apart.
-__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
-  #pragma unroll
-  for (int i = 0; i < 16; ++i) found[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
-}
-static constexpr int FOUND = 16;
-__device__ __forceinline__ void finish(u32* a, const u32* found, const u32* hashes, u32 none) {
-  #pragma unroll
-  for (int i = 0; i < 16; ++i) a[i] = found[i] ^ ((SIGNED ? none : hashes[i]) & 0x80008000u);
-}
-#endif
-struct Codes {  // of a warp
+// Of a warp.
+struct Codes {
   const u8* codes;
   int row_tiles, col_tiles, token_blocks, own;  // tiles of docs/FORMAT.md; own: which row tile of a cluster's
 
@@ -180,11 +120,22 @@ struct Codes {  // of a warp
     return codes + ((size_t)row_tile * col_tiles + col) * TILE_BYTES;
   }
 };
-// A run's first units, into the L2 cache: long before they are loaded.
-__device__ __forceinline__ void request_first(const Codes& codes, int unit) {
-  const int lane = threadIdx.x % (128 / TALL);
-  const u8* const from = codes.at(unit / codes.col_tiles, unit % codes.col_tiles);
-  if (lane < min(FAR, codes.col_tiles - unit % codes.col_tiles) * TILE_BYTES / 128) request_to_l2(from + 128 * lane);
+// A run's codes into the L2 cache, long before they are loaded: by one warp, a lane for each of the tiles that a block has side by side.
+__device__ __forceinline__ void request_run(const Work& work, const Codes& codes, Barriers* barriers) {
+  Releases releases{barriers};
+  const int begin = work.begin(own_run()), end = work.begin(own_run() + 1);
+  int unit = begin, col = begin % codes.col_tiles;
+  const u8* at = codes.at(begin / codes.col_tiles, col);
+  #pragma unroll 1
+  for (; unit < end; ++unit) {
+    if (unit >= begin + FAR) releases.before_next_unit();
+    request_bulk(at, TILE_BYTES);
+    at += TILE_BYTES;
+    if (++col == codes.col_tiles) {
+      col = 0;
+      at = codes.at(unit / codes.col_tiles + 1, 0);
+    }
+  }
 }
 
 // ---- sums ----
@@ -276,56 +227,48 @@ __device__ __forceinline__ void put_tile(float* acc, const Work& work, const Out
   put<0, ALL>(acc, work, out, tile);
 }
 
-// Where a run's codes come from, unit by unit.
+// Where a warp's codes come from, unit by unit.
 struct Stream {
   const Codes& codes;
-  const u8* at;  // a lane's 16 bytes of a tile
-  int tile, col, left, lane;
+  int lane, turn;  // turn: the unit with which the next tile begins
+  const u8* at;    // a lane's first 16 bytes of the next unit
 
-  __device__ __forceinline__ Stream(const Codes& codes, int unit, int end, int lane)
-      : codes(codes), tile(unit / codes.col_tiles), col(unit % codes.col_tiles), left(end - unit), lane(lane) { find(); }
-  __device__ __forceinline__ void find() { at = codes.at(tile, col) + (long long)16 * lane; }
-  // The next unit's, if there is one.
-  __device__ __forceinline__ void load(u32* r, bool requests) {
-    if (left > 0) {
-      load_codes(r, at - (long long)16 * lane, lane);
-      if (requests && col + FAR < codes.col_tiles) request_to_l2(at + FAR * TILE_BYTES + 112 * lane);
-    }
-    --left;
+  __device__ __forceinline__ Stream(const Codes& codes, int unit, int lane) : codes(codes), lane(lane) { find(unit); }
+  __device__ __forceinline__ void find(int unit) {
+    const int tile = unit / codes.col_tiles, col = unit % codes.col_tiles;
+    at = codes.at(tile, col) + 16 * lane;
+    turn = unit + codes.col_tiles - col;
+  }
+  __device__ __forceinline__ void load(u32* r, int unit) {
+    load_codes_at(r, at, lane);
     at += TILE_BYTES;
     hold(at);
-    if (++col == codes.col_tiles) {
-      col = 0, ++tile;
-      if (left > 0) find();
-    }
+    if (unit + 1 == turn) find(unit + 1);
   }
 };
-// By the warps of both groups. What a unit goes through, as many units ahead of its products: its codes are loaded (three to one), their words are taken
-// apart (two to one), hashed and looked up (one), and given their signs when the products of the one before are done.
+// By the warps of both groups. While a unit's products run, the next one's pairs are looked up, and the codes of the one after that are under way. A product
+// begins as soon as the one four before it, which has the same registers, is done, so the other three keep the tensor cores busy.
 __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const u32* table, const Codes& codes, const Output& out, float* handed) {
   const int lane = keep(threadIdx.x % 32), part = uniform(threadIdx.x / 32) % 4, after = lane + 4;
   const u32 full = shared_address(memory) + BARRIERS_AT, empty = keep(full + 8 * STAGES), copy = keep(own_copy() | shared_address(memory) - TABLE_AT);
   const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1);
-  const bool requests = part % (4 / TALL) == 0 && lane < TILE_BYTES / 128;
   // Registers that products read are written by an instruction of their own after the wait, which the assembler cannot merge with the load
-  // of a pair, as it does not know that there are no signs to change. (It would be wrong then, or wait for each product.)
+  // of a pair, as it does not know that there are no bits to change. (It would be wrong then, or wait for each product.)
   const u32 none = (u32)(out.rows >> 31);
-  u32 r[LANE_REGS], words[8], hashes[16], found[FOUND], a[16];
-  Stream stream(codes, run_begin, end, lane);
-  stream.load(r, requests);
+  u32 r[LANE_REGS], hashes[16], found[FOUND], a[16];
+  Stream stream(codes, run_begin, lane);
+  stream.load(r, run_begin);
   fill_table(memory, table, 32 * WARPS);
   sync_warps<32 * WARPS>();
   await_cluster();
-  take_words(words, r, part, after);
-  stream.load(r, requests);
-  hash_words(hashes, words, part);
+  take(hashes, r, part, after);
+  stream.load(r, run_begin + 1);
   look_up(found, hashes, copy);
-  finish(a, found, hashes, none);
-  take_words(words, r, part, after);
-  stream.load(r, requests);
+  complete(found, hashes);
   wait_for_previous();
   int tile = run_begin / work.col_tiles, col = run_begin % work.col_tiles;
   Place place{0, 0};
+  bool ready = false;
   #pragma unroll 1
   for (int unit = run_begin; unit < end; ++tile, col = 0) {
     const int begin = col, stop = min(end, unit + work.col_tiles - col);
@@ -336,23 +279,29 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
     #pragma unroll 1
     for (; unit < stop; ++unit) {
       const u32 b = TABLE_AT + stage_at(place.stage);
-      await(in_shared<u64>(full + 8 * place.stage), place.parity);
-      begin_products();
+      if (!ready) await(in_shared<u64>(full + 8 * place.stage), place.parity);
       #pragma unroll
-      for (int s = 0; s < 4; ++s) multiply(acc, a + 4 * s, describe(b, 16 * s));
-      commit_products();
-      await(in_shared<u64>(full + 8 * place.stage), place.parity);  // it has come: but a loop, ahead of which the assembler puts nothing of what follows
-      hash_words(hashes, words, part);
-      take_words(words, r, part, after);
-      stream.load(r, requests);
-      look_up(found, hashes, copy);
-      await_products<0>();
-      if (unit + STAGES < end && lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
+      for (int s = 0; s < 4; ++s) {
+        await_products<3>();
+        settle<4>(found + 4 * s);
+        #pragma unroll
+        for (int i = 4 * s; i < 4 * s + 4; ++i) a[i] = found[i] ^ none;
+        begin_products();
+        multiply(acc, a + 4 * s, describe(b, 16 * s));
+        commit_products();
+      }
+      if (lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
+      if (!BRANCHES) await(in_shared<u64>(full + 8 * place.stage), place.parity);  // it has come: but a loop, ahead of which the assembler puts nothing of what follows
       place.advance();
-      settle(found);
-      finish(a, found, hashes, none);
+      take(hashes, r, part, after);
+      look_up(found, hashes, copy);
+      stream.load(r, unit + 2);
+      ready = has_come(in_shared<u64>(full + 8 * place.stage), place.parity);
+      complete(found, hashes);
     }
+    await_products<0>();
     settle(acc);
+    if (unit == end && lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
     put_tile(acc, work, out, handed, tile, begin, unit - tile * work.col_tiles);
   }
 }
@@ -376,15 +325,16 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
   }
   __syncwarp();
   arrive_at_cluster();
+  auto codes_of = [&](int own) { return Codes{codes, TALL == 1 ? row_tiles : (rows + 31) / 32, col_tiles, work.token_blocks, own_rank() * TILES_OF_CODES + own}; };
   if (threadIdx.x >= 32 * WARPS) {
     leave_registers<LEFT>();
     await_cluster();
     if (brings) bring_run(work, memory, barriers, x, padded);
+    const int helper = threadIdx.x - 32 * (WARPS + 1);
+    if (helper >= 0 && helper < TILES_OF_CODES) request_run(work, codes_of(helper), barriers);
     return;
   }
   take_registers<TAKEN>();
-  const int row_tile = own_rank() * GROUPS + uniform(threadIdx.x / 128), of_codes = TALL == 1 ? row_tiles : (rows + 31) / 32;
-  const Codes mine{codes, of_codes, col_tiles, work.token_blocks, TALL * row_tile + (TALL == 1 ? 0 : uniform(threadIdx.x / 32) % 4 / 2)};
-  request_first(mine, work.begin(own_run()));
-  multiply_run(work, memory, table, mine, Output{y, scale, tokens, rows}, handed);
+  const int warp = uniform(threadIdx.x / 32);
+  multiply_run(work, memory, table, codes_of(warp / 4 * TALL + warp % 4 * TALL / 4), Output{y, scale, tokens, rows}, handed);
 }

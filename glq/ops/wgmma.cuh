@@ -17,6 +17,13 @@ __device__ __forceinline__ void await(u64* barrier, u32 parity) {
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
+// Whether it is over.
+__device__ __forceinline__ bool has_come(u64* barrier, u32 parity) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  return done;
+}
 // One arrival; the phase is over when so many bytes have come, too, which may come before.
 __device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -26,6 +33,11 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes,
   expect(barrier, bytes);
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
+// Into the L2 cache; both multiples of 16 bytes.
+__device__ __forceinline__ void request_bulk(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // ---- products ----
@@ -49,7 +61,7 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // Nor a register that it is to be copied to, which products read, be written ahead of it.
-template <int COUNT> __device__ __forceinline__ void settle(u32 (&d)[COUNT]) {
+template <int COUNT> __device__ __forceinline__ void settle(u32* d) {
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }

@@ -238,6 +238,10 @@ static void expect(u64* b, u32 bytes) { count_in(b, 1, (int)bytes); }
 static void await(u64* b, u32 parity) {
   poll([=] { return (((volatile Barrier*)b)->phase & 1) != parity; });
 }
+static bool has_come(u64* b, u32 parity) { return (((volatile Barrier*)b)->phase & 1) != parity; }
+static void request_bulk(const void* from, u32 bytes) {
+  if ((uintptr_t)from % 16 || bytes % 16) fail("bulk request out of place");
+}
 static void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("bulk copy out of place");
   std::memcpy(to, from, bytes);
@@ -291,6 +295,7 @@ static void run_product(const Product& p) {
   }
 }
 template <typename T, int COUNT> static void settle(T (&)[COUNT]) {}
+template <int COUNT> static void settle(u32*) {}
 template <int PENDING> static void await_products() {
   auto& groups = products[current];
   sync_warp();  // all lanes have what their products read, until all products are done
