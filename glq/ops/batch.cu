@@ -9,7 +9,7 @@
 // the missing ones start. Only as many such kernels at a time as keep all multiprocessors waiting could stop each other.
 // Macros, besides those of output.cuh and exchange.cuh: TOKENS (32, 64 or 128), SHARED_BY (1, 2 or 4), WR, WK, STAGES, PARTS.
 
-static constexpr int FAR = 3;  // units whose codes are requested into the L2 cache ahead of their loads
+static constexpr int FAR = 1;  // units whose codes are requested into the L2 cache ahead of their loads
 static constexpr int PRODUCTS = 4 / SHARED_BY;  // a warp has 16 rows of each
 static constexpr int GROUP_ROWS = 64 * PRODUCTS, ROWS = WR * GROUP_ROWS;  // of a warpgroup, and of all
 static constexpr int WARPS = 4 * WR * WK, THREADS = 32 * WARPS;

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from glq import nvrtc
 from glq.codecs import Codec, get_codec
+from glq.codecs.e8 import ResidualE8
+from glq.codecs.nested import NestedE8
 from glq.errors import GlqError
 from glq.ops.cuda_rotate import TILES, Rotation, by_warps, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
@@ -52,7 +54,8 @@ class Plan:
     @property
     def far(self) -> int:
         """Units whose codes are requested into the L2 cache ahead of their loads: where codes are what it waits for."""
-        return 2 if self.tokens == 1 and self.copies == 32 else 0
+        slow = isinstance(self.codec, ResidualE8 | NestedE8)  # to decode
+        return int((self.tokens == 1 or (self.tokens > 8 and self.wr == 1)) and not slow)
 
     def fits(self, cols: int, gpu: nvrtc.Launcher) -> bool:
         sums, x = self._parts(cols)
@@ -93,7 +96,8 @@ def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: n
     """What was fastest on an H100 (docs/benchmarks.md), for x of that kind.
 
     One token is rotated in the kernel, where warps divide the blocks of the rotation, by one large block of threads a
-    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them.
+    multiprocessor; more tokens in a launch of their own. Few tiles a warp: all warps of a block share a row of them;
+    many rows: two or four do.
     """
     codec, (row_tiles, col_tiles) = get_codec(matrix.codec), matrix.tiles
     few = row_tiles * col_tiles < 3 * 16 * gpu.multiprocessors
@@ -101,6 +105,12 @@ def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: n
     shapes = [(2, 8), (2, 4)] if tokens <= 16 else [(2, 4), (4, 2)]
     if few:
         shapes.insert(0, (1, 16 if tokens <= 8 else 8))
+    elif isinstance(codec, NestedE8):
+        pass  # whose decoding is what it waits for
+    elif tokens == 1 and matrix.rows >= 8192:
+        shapes.insert(0, (8, 2))
+    elif tokens <= 16 and matrix.rows >= 16384:
+        shapes.insert(0, (4, 4))
     for copies, (wr, wk) in product((copies_in(codec, size) for size in (128, 64, 32)), shapes):
         plan = Plan(codec, dtype, matrix.scale, tokens, wr, wk, copies, width, kind if width else PLAIN)
         if plan.fits(64 * col_tiles, gpu):
