@@ -94,8 +94,15 @@ def test_every_number_of_tokens(tokens):
     check("trellis-3", tokens, 600, 150, 75, Emulator(2), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("tokens", "rows", "units"), [(1, 8192, (8, 2)), (1, 8191, (2, 8)), (8, 28672, (4, 4))])
+def test_units_are_by_rows_where_a_matrix_is_tall(tokens, rows, units):
+    gpu, matrix = Emulator(132, SHARED_MEMORY[90] * 1024), Matrix("trellis-3", torch.float16, rows, 4096, 2048)
+    plan = make_plan(tokens, PLAIN, torch.float16, matrix, gpu)
+    assert (plan.wr, plan.wk) == units
+
+
 @emulated
-@pytest.mark.parametrize(("wr", "wk"), [(1, 4), (2, 2), (4, 1), (2, 4)])
+@pytest.mark.parametrize(("wr", "wk"), [(1, 4), (2, 2), (4, 1), (2, 4), (8, 1)])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 5])
 def test_every_division_of_the_work(wr, wk, multiprocessors):
     plan = Plan(TRELLISES["trellis-4"], torch.float16, torch.float16, 1, wr, wk, 8, 512)
@@ -359,8 +366,9 @@ def test_cubins_stay_within_the_limits_of_every_architecture(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu(name, dtype):
     gpu = nvrtc.gpu(torch.device("cuda"))
+    tall = ((8193, 2048, 2048), (16391, 1376, 688))  # units by rows
     for tokens in (1, 2, 7, 8, 16, 33, 64):
-        for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048)):
+        for out_features, in_features, block in ((4096, 4096, 2048), (1000, 1376, 688), (70, 14336, 2048), *tall):
             x, weight = problem(name, tokens, out_features, in_features, block, dtype, device="cuda")
             y = few(x, weight, gpu)
             assert error(y, x, weight) < 2
