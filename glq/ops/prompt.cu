@@ -73,39 +73,28 @@ struct Place {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
-// A release of the ring: the n-th says that all units before a run's n-th are multiplied, and comes once more after the last. So what brings unit n waits
-// for release n − (STAGES − 1).
+// What is brought of x, by one thread. A release of the ring, of which a run of n units has n + 1, says that all units before it are multiplied: unit i's x
+// waits for release i − (STAGES − 1). This thread sees them all, so that none comes to a block that is over.
 static_assert(STAGES > 1, "the first unit's x waits for none");
-struct Releases {
-  Barriers* barriers;
-  Place place{0, 0};
-  int unit = 0, seen = 0;
-
-  __device__ __forceinline__ void await_next() {
-    await(barriers->empty + place.stage, place.parity);
-    place.advance();
-    ++seen;
-  }
-  __device__ __forceinline__ void before_next_unit() {
-    if (unit >= STAGES - 1) await_next();
-    ++unit;
-  }
-};
-// What is brought of x, by one thread, which sees all releases, so that none comes to a block that is over.
 __device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers* barriers, const u16* x, int padded) {
-  Place place{0, 0};
-  Releases releases{barriers};
+  Place place{0, 0}, released{0, 0};
+  auto await_release = [&] {
+    await(barriers->empty + released.stage, released.parity);
+    released.advance();
+  };
   const int rank = own_rank();
+  int ahead = 0;  // units brought whose releases were not waited for
   wait_for_previous();
   #pragma unroll 1
   for (Cursor at(work); at.left; at.advance(work.col_tiles), place.advance()) {
     const u16* const from = x + ((size_t)at.col * padded + at.tile % work.token_blocks * TOKENS) * 64 + rank * (SHARE / 2);
-    releases.before_next_unit();
+    if (ahead == STAGES - 1) await_release();
+    else ++ahead;
     expect(barriers->full + place.stage, STAGE_BYTES);
     copy_to_cluster<CLUSTER>(memory + stage_at(place.stage) + rank * SHARE, from, SHARE, barriers->full + place.stage);
   }
   #pragma unroll 1
-  while (releases.seen <= releases.unit) releases.await_next();
+  for (; ahead >= 0; --ahead) await_release();
 }
 
 // ---- the product ----
@@ -120,15 +109,22 @@ struct Codes {
     return codes + ((size_t)row_tile * col_tiles + col) * TILE_BYTES;
   }
 };
-// A run's codes into the L2 cache, long before they are loaded: by one warp, a lane for each of the tiles that a block has side by side.
+// A run's codes into the L2 cache, long before they are loaded: by one warp, a lane for each of the tiles that a block has side by side. Each lane arrives
+// for a stage's next release when it has seen the last one: else it could miss one, and would wait for ever.
 __device__ __forceinline__ void request_run(const Work& work, const Codes& codes, Barriers* barriers) {
-  Releases releases{barriers};
+  Place released{0, 0};
+  auto await_release = [&] {
+    await(barriers->empty + released.stage, released.parity);
+    arrive(barriers->empty + released.stage);
+    released.advance();
+  };
+  for (int i = 0; i < STAGES; ++i) arrive(barriers->empty + i);
   const int begin = work.begin(own_run()), end = work.begin(own_run() + 1);
   int unit = begin, col = begin % codes.col_tiles;
   const u8* at = codes.at(begin / codes.col_tiles, col);
   #pragma unroll 1
   for (; unit < end; ++unit) {
-    if (unit >= begin + FAR) releases.before_next_unit();
+    if (unit >= begin + FAR + STAGES - 1) await_release();
     request_bulk(at, TILE_BYTES);
     at += TILE_BYTES;
     if (++col == codes.col_tiles) {
@@ -136,6 +132,8 @@ __device__ __forceinline__ void request_run(const Work& work, const Codes& codes
       at = codes.at(unit / codes.col_tiles + 1, 0);
     }
   }
+  #pragma unroll 1
+  for (int i = min(FAR, end - begin - STAGES + 1); i > 0; --i) await_release();
 }
 
 // ---- sums ----
@@ -319,7 +317,7 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
   if (brings) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(barriers->full + i, 1);
-      init_barrier(barriers->empty + i, WARPS * CLUSTER);
+      init_barrier(barriers->empty + i, WARPS * CLUSTER + TILES_OF_CODES);
     }
     publish_barriers();
   }
