@@ -8,7 +8,9 @@ from typing import Any
 from glq.codecs import get_codec
 from glq.errors import GlqError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_OLDER = 2  # which differs in these codecs alone
+_NEW_CODECS = {"trellis-2.25", "trellis-2.5", "trellis-2.75", "trellis-3"}
 QUANT_METHOD = "glq"
 
 
@@ -84,7 +86,7 @@ class GlqConfig:
                 f"quantization_config: format_version must be an integer of at least 1, found {version!r}. "
                 "Checkpoints of other projects named glq are not read"
             )
-        if version < FORMAT_VERSION:
+        if version < _OLDER:
             raise GlqError(
                 f"the checkpoint has format version {version}, of before the first release, whose trellis codes "
                 "meant other values: quantize the model again"
@@ -106,6 +108,11 @@ class GlqConfig:
         if type(degree) is not int or degree < 1:
             raise GlqError(f"quantization_config: tensor_parallel must be a positive integer, found {degree!r}")
         modules = {name: _module(name, entry) for name, entry in raw["modules"].items()}
+        if version == _OLDER and (changed := sorted({m.codec for m in modules.values()} & _NEW_CODECS)):
+            raise GlqError(
+                f"the checkpoint has format version {version}, of before the first release, in which "
+                f"{', '.join(changed)} meant other values: quantize the model again"
+            )
         return cls(modules=modules, bits=raw["bits"], version=str(raw["glq_version"]), tensor_parallel=degree)
 
 

@@ -178,7 +178,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda q: q.update(format_version=3), "has format version 3, .* reads 2: install a newer one"),
+        (lambda q: q.update(format_version=4), "has format version 4, .* reads 3: install a newer one"),
         (lambda q: q.update(format_version=1), "has format version 1, .* quantize the model again"),
         (lambda q: q.update(format_version="1"), "format_version must be an integer"),
         (lambda q: q.pop("format_version"), "format_version must be an integer of at least 1, found None"),
@@ -334,9 +334,22 @@ KEYS = ["quant_method", "format_version", "glq_version", "bits", "modules", "oth
 @given(st.dictionaries(st.sampled_from(KEYS), JSON), st.booleans())
 def test_no_config_gets_through_or_crashes(raw, plausible):
     if plausible:
-        raw |= {"quant_method": "glq", "format_version": 2}
+        raw |= {"quant_method": "glq", "format_version": 3}
     with pytest.raises(GlqError):
         GlqConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("codec", ["trellis-2", "trellis-2.25", "trellis-3", "trellis-3.25", "e8-2"])
+def test_the_older_format_is_read_where_it_means_the_same(codec, tiny_checkpoint):
+    raw = json.loads((tiny_checkpoint / "config.json").read_text())["quantization_config"]
+    raw["format_version"] = 2
+    for module in raw["modules"].values():
+        module["codec"] = codec
+    if codec in ("trellis-2.25", "trellis-3"):
+        with pytest.raises(GlqError, match=f"format version 2, .* in which {codec} meant other values"):
+            GlqConfig.from_dict(raw)
+    else:
+        assert GlqConfig.from_dict(raw).modules[NAME].codec == codec
 
 
 def test_config_round_trip(tiny_checkpoint):

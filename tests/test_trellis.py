@@ -35,13 +35,15 @@ def test_a_pair_from_16_bits_of_the_circle(name):
         at = p * codec.code_bits // 8
         state = (circle >> at | circle << total - at) & 0xFFFF
         h = state * MULTIPLIER % 2**32
-        if codec.table_bits == 10:
-            entry, second = (h >> 7 & 0xFF) + (h >> 8 & 0x300), h >> 31
+        if codec.table_bits == 8:
+            entry, signs = h >> 6 & 0xFF, (h >> 15 & 1, h >> 14 & 1)
+        elif codec.table_bits == 9:
+            entry, signs = (h >> 5 & 0xFF) + (h >> 6 & 0x100), (h >> 13 & 1, h >> 15 & 1)
         else:
-            entry, second = (h & 0x3FFF) >> 14 - codec.table_bits, h >> 14 & 1
+            entry, signs = (h >> 7 & 0xFF) + (h >> 8 & 0x300), (h >> 15 & 1, h >> 31)
         first, other = table[entry].tolist()
-        assert values[2 * p] == (-first if h >> 15 & 1 else first)
-        assert values[2 * p + 1] == (-other if second else other)
+        assert values[2 * p] == (-first if signs[0] else first)
+        assert values[2 * p + 1] == (-other if signs[1] else other)
 
 
 @EVERY

@@ -20,6 +20,7 @@ from glq.codecs.viterbi import best_states
 
 STATE_BITS = 16
 MULTIPLIER = 0x9E3779B1  # 2^32 / golden ratio: Knuth's multiplicative hash
+LOOK_UPS = 1024  # entries of a table in which kernels look up pairs
 _PAIRS = 64  # of a strip
 _WORD_PAIRS = 8
 
@@ -30,7 +31,7 @@ class Trellis:
 
     name: str
     code_bits: int  # of a word of 16 weights, a multiple of 4: every pair has as many bits, or every second one more
-    table_bits: int  # 8, 9 or 10
+    table_bits: int  # 8, 9 or 10: of a pair, before its signs
     mse: float  # on N(0, 1)
     group = 16
 
@@ -39,9 +40,9 @@ class Trellis:
         return self.code_bits / self.group
 
     @property
-    def signed_lookup(self) -> bool:
-        """Whether the signs lie beside the entry in the hash of a state (entry_and_signs)."""
-        return self.table_bits < 10
+    def signs(self) -> int:
+        """How many of a pair's signs are among the ten bits of its hash that kernels look up."""
+        return 10 - self.table_bits
 
     @property
     def step_bits(self) -> tuple[int, int]:
@@ -88,22 +89,33 @@ def state_values(codec: Trellis, device: torch.device) -> Tensor:
 def entry_and_signs(table_bits: int) -> tuple[Tensor, Tensor]:
     """Of each state, from h = state · MULTIPLIER mod 2^32: [65536] int64, and [65536, 2] that are 1 or -1.
 
-    With 8 or 9 table bits, bits 15 and 14 of h are the signs, and the entry is below: side by side, so that a kernel
-    looks up signed values. With 10, that table would be too large: bits 15 and 31 are the signs, by which a kernel
-    flips two fp16 at once, and the entry is bits 17, 16 and 14 to 7: where they lie they are an address.
+    A kernel looks up ten bits: as many entries, 128 bytes each, fit its memory. With 8 table bits both signs are among
+    them, which are bits 15 (the first sign) to 6. Else they are bits 17, 16 and 14 to 7: where they lie they are an
+    address, and by bit 15 between them, the first sign, a kernel flips the lower of two fp16, or looks up eleven bits.
+    With 9 table bits the second sign is bit 17, and h is four times as large, so that bits of a word above the state
+    change none of these. With 10 it is bit 31.
     """
-    h = torch.arange(1 << STATE_BITS) * MULTIPLIER & 0xFFFFFFFF
-    if table_bits == 10:
-        entry, second = h >> 7 & 0xFF | h >> 8 & 0x300, 31
-    else:
-        entry, second = (h & 0x3FFF) >> 14 - table_bits, 14
-    return entry, 1 - 2 * torch.stack([h >> 15 & 1, h >> second & 1], 1)
+    h = torch.arange(1 << STATE_BITS) * MULTIPLIER * (4 if table_bits == 9 else 1) & 0xFFFFFFFF
+    index = h >> 6 & 0x3FF if table_bits == 8 else h >> 7 & 0xFF | h >> 8 & 0x300
+    second = {8: 14, 9: 17, 10: 31}[table_bits]
+    return index & (1 << table_bits) - 1, 1 - 2 * torch.stack([h >> 15 & 1, h >> second & 1], 1)
 
 
-def signed_table(codec: Trellis) -> Tensor:
-    """[2^(table_bits + 2), 2] fp16, on the CPU: pairs by their two signs, then by their entry."""
+def looked_up(codec: Trellis, signs: int) -> Tensor:
+    """[2^(table_bits + signs), 2] fp16, on the CPU: pairs with codec.signs of their signs, or the first one, too.
+
+    Those are in the order of the ten bits of a hash, these in that of its bits 17 to 7.
+    """
     table = pair_table(codec)
-    return torch.cat([table * torch.tensor([a, b], dtype=table.dtype) for a in (1, -1) for b in (1, -1)])
+    if codec.signs > 0:
+        table = torch.cat([table, table * table.new_tensor([1, -1])])
+    if codec.signs == 2:
+        table = torch.cat([table, table * table.new_tensor([-1, 1])])
+    if signs > codec.signs:
+        i = torch.arange(2 * LOOK_UPS)
+        table = table[i & 0xFF | i >> 1 & 0x300]
+        table[:, 0] *= (1 - 2 * (i >> 8 & 1)).half()
+    return table
 
 
 def pair_table(codec: Trellis) -> Tensor:

@@ -171,6 +171,7 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
       int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   if (refuses(memory, y, (size_t)tokens * rows)) return;
+  Filler<THREADS> filler(table);
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), group = warp / 4, wk = group % WK, wr = group / WK;
   const int row_tile = blockIdx.y * (ROWS / 64), token = blockIdx.x / PARTS * TOKENS, rank = blockIdx.x % PARTS;
   const int begin = col_tiles * rank / PARTS;
@@ -191,7 +192,7 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
     }
     publish_barriers();
   }
-  fill_table(memory, table, THREADS);
+  filler.fill(memory);
   __syncthreads();
   wait_for_previous();  // which may have rotated x, and use y and what is handed over
   if (brings)
@@ -213,8 +214,8 @@ batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y
   }
   __syncthreads();
   // The next rotation starts here and not at once: its blocks would gather, six at a time, on the few multiprocessors that have no tile, where the
-  // last ends twice as late as where all have one. With 128 tokens they have enough to do to start when these are done.
-  if (TOKENS < 128) let_next_start();
+  // last ends twice as late as where all have one. With 64 tokens they have enough to do to start when these are done.
+  if (TOKENS < 64) let_next_start();
   const size_t tile = blockIdx.y * (padded / TOKENS) + blockIdx.x / PARTS;
   add_up(sums, scales, (float4*)handed + tile * (PARTS - 1) * TILE_FRAGMENTS * 32, rank, Output{y, scale, tokens, rows}, row_tile * 64, token);
 }

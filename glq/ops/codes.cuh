@@ -42,14 +42,53 @@ __device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int 
   if (P4 && before < LANE_REGS && LANE_REGS <= done) load4(r + LANE_REGS - 1, tile + 32 * (CODE_BITS - 4) + 4 * lane);
 }
 
+// ---- tables ----
+
+// Copies of a table's ENTRIES into shared memory, 16 bytes at a time, PIECES of them an entry, by the first COUNT threads of a block. Entries come from far: the first
+// ones are asked for at once, and put later. Lanes that put at the same time, a quarter of a warp, have pieces in different banks.
+__device__ __forceinline__ void load_table(u32& v, const u32* p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); }
+__device__ __forceinline__ void load_table(uint2& v, const uint2* p) { asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); }
+template <int COUNT, int ENTRIES, int PIECES, typename T> struct TableFiller {
+  static constexpr bool EVEN = ENTRIES % COUNT == 0;
+  static constexpr int OF_THREAD = (ENTRIES + COUNT - 1) / COUNT, AT_ONCE = OF_THREAD < 4 ? OF_THREAD : 4;
+  const T* const from;
+  T held[AT_ONCE];
+
+  __device__ __forceinline__ TableFiller(const u32* from) : from((const T*)from) {
+    request(0);
+    __syncwarp();  // what follows stays behind
+  }
+  __device__ __forceinline__ void request(int first) {
+    #pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int at = first + i * COUNT + min(threadIdx.x, COUNT - 1);  // without a branch, behind which the assembler would put it
+      if (EVEN || at < ENTRIES) load_table(held[i], from + at);
+    }
+  }
+  template <typename Place, typename Piece> __device__ __forceinline__ void put(Place place, Piece piece) {
+    const int turn = threadIdx.x * PIECES / 8;
+    #pragma unroll
+    for (int first = 0; first < ENTRIES; first += AT_ONCE * COUNT) {
+      if (first > 0) request(first);
+      #pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = first + i * COUNT + threadIdx.x;
+        if (EVEN || at < ENTRIES)
+          #pragma unroll
+          for (int j = 0; j < PIECES; ++j) *(uint4*)(place(at) + 16 * ((j + turn) % PIECES)) = piece(held[i]);
+      }
+    }
+  }
+};
+
 // ---- scales ----
 
 static constexpr int SCALE_BYTES = SCALE == 32 ? 4 : 2;
-// The scales of rows first … first + count − 1 into the L2 cache: who needs them at its end would wait for memory then. By the threads of a block.
-__device__ __forceinline__ void request_scales(const void* scale, int first, int count) {
+// The scales of rows first … first + count − 1 into the L2 cache: who needs them at its end would wait for memory then. By the first `threads` of a block.
+__device__ __forceinline__ void request_scales(const void* scale, int first, int count, int threads) {
   const u8* const from = (const u8*)scale + (size_t)first * SCALE_BYTES;
   const int end = count * SCALE_BYTES + (u32)(size_t)from % 128;  // from the line that the first is in
-  for (int i = 128 * threadIdx.x; i < end; i += 128 * blockDim.x) request_to_l2((const u8*)((size_t)from & ~(size_t)127) + i);
+  for (int i = 128 * threadIdx.x; i < end; i += 128 * threads) request_to_l2((const u8*)((size_t)from & ~(size_t)127) + i);
 }
 // A row's scale.
 __device__ __forceinline__ float load_scale(const void* p, int i) {

@@ -13,7 +13,7 @@ combine(const u16* x, const u16* other, const u16* weight, u16* total, u16* out,
   wait_for_previous();
 #if INPUT == 2
   __shared__ float squares[THREADS / 32];
-  const float sum = sum_squares(input, cols, THREADS, 0, cols);
+  const float sum = sum_squares(input, cols, threadIdx.x, THREADS, 0, cols);
   if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
   __syncthreads();
   by = inverse_norm<THREADS / 32>(squares, cols, input.eps);

@@ -9,7 +9,7 @@ from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
-from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes, with_signs
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
@@ -103,9 +103,9 @@ def _of_lattice(tokens: int, tall: bool) -> Shape:
 
 
 def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | None:
-    weights, signed = matrix.rows * matrix.cols, codec.signed_lookup
+    weights, signed = matrix.rows * matrix.cols, codec.signs > 0
     if tokens <= 32:
-        return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if signed else 3)
+        return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if codec.signs == 2 else 3)
     if tokens <= 64:
         return Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
     if signed or not tall:
@@ -116,6 +116,8 @@ def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | N
 def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, parts: int = 1) -> Plan:
     """As many copies of the table as 128 KB hold, and as many stages as there is room for."""
     copies, stage = copies_in(codec, 128), 128 * shape.tokens
+    if shape.shared_by > 1:  # where instructions are what it waits for
+        copies = with_signs(codec, copies)
     left = 3 * HOLE if spread(codec, copies) else _SHARED - _ROTATION - table_bytes(codec, copies)
     return Plan(codec, dtype, scale, shape, copies, min(_MAX_STAGES, (left - _BARRIERS) // stage), parts)
 
@@ -136,7 +138,7 @@ def make_product(
     padded = token_blocks * plan.shape.tokens
     return Product(
         rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
-        device_table(plan.codec, device, plan.dtype),
+        device_table(plan.codec, plan.copies, device, plan.dtype),
         plan.source,
         "batch",
         (token_blocks * plan.parts, tiles // token_blocks),

@@ -151,6 +151,15 @@ def make_product(plan: Plan, kind: int, matrix: Matrix, device: torch.device, gp
     units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
     grid = min(units, gpu.multiprocessors)
     made = (plan.tokens, kind, plan.dtype, matrix.cols, matrix.block, plan.held, TILES, gpu)
-    sizes = (plan.tokens, matrix.rows, matrix.cols, row_tiles, col_tiles, units // grid, units % grid)
-    table, shared = device_table(plan.codec, device, plan.dtype), plan.shared(64 * col_tiles)
+    per_row, length = -(-col_tiles // plan.wk), units // grid
+    divisors = tuple(_factor(by, units) for by in (per_row, length, length + 1))
+    sizes = (plan.tokens, matrix.rows, matrix.cols, row_tiles, col_tiles, length, units % grid, *divisors)
+    table, shared = device_table(plan.codec, plan.copies, device, plan.dtype), plan.shared(64 * col_tiles)
     return Product(plan, None if plan.block else rotation(*made), table, grid, shared, sizes, gpu)
+
+
+def _factor(by: int, most: int) -> int:
+    """What numbers up to `most` are multiplied by instead of being divided (units.cuh, quotient), as int32."""
+    assert most * by < 1 << 32
+    factor = -((-1 << 32) // by) if by > 1 else 0
+    return factor - (1 << 32) if factor >= 1 << 31 else factor

@@ -33,18 +33,18 @@ class Plan:
     threads = 384
 
     @property
-    def _copies(self) -> int:
+    def copies(self) -> int:
         return copies_in(self.codec, 64)
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory a block of threads."""
-        return table_bytes(self.codec, self._copies)
+        return table_bytes(self.codec, self.copies)
 
     @cached_property
     def source(self) -> nvrtc.Source:
         return nvrtc.Source(
-            (*decoder(self.codec), "ops/dequantize.cu"), macros(self.codec, self._copies, self.dtype, self.scale)
+            (*decoder(self.codec), "ops/dequantize.cu"), macros(self.codec, self.copies, self.dtype, self.scale)
         )
 
 
@@ -94,7 +94,7 @@ def in_own_basis(codec: str, out_features: int, block: int, tokens: int) -> bool
 @lru_cache(4096)
 def make_plan(codec: Trellis, dtype: torch.dtype, scale: torch.dtype, block: int, gpu: nvrtc.Launcher) -> UnrotatePlan:
     """Two buffers and many copies of the table where there is room: on Hopper; one and four on consumer GPUs."""
-    choices = [(64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
+    choices = [(64, 2), (64, 1), (32, 1)]
     plans = [UnrotatePlan(codec, dtype, scale, block, copies_in(codec, kb), buffers) for kb, buffers in choices]
     return next(p for p in plans if p.shared + nvrtc.RESERVED <= gpu.shared_memory)
 
@@ -108,7 +108,7 @@ def unrotate(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher) -> T
     device, rows = weight.codes.device, weight.out_features
     out = torch.empty(rows, weight.in_features, dtype=dtype, device=device)
     grid = min(gpu.multiprocessors, 4 * row_tiles * -(-col_tiles // 32))
-    tensors = (weight.codes, weight.signs, device_table(trellis, device, torch.float16), weight.scale, out)
+    tensors = (weight.codes, weight.signs, device_table(trellis, plan.copies, device, torch.float16), weight.scale, out)
     gpu.launch(plan.source, "unrotate", grid, plan.threads, plan.shared, *tensors, rows, col_tiles)
     return out
 
@@ -121,7 +121,7 @@ def decode_scaled(weight: PackedLinear, dtype: torch.dtype, gpu: nvrtc.Launcher)
     device = weight.codes.device
     out = torch.empty(64 * row_tiles, 64 * col_tiles, dtype=dtype, device=device)
     grid = min(gpu.multiprocessors, -(-row_tiles * col_tiles * 32 // plan.threads))
-    tensors = (weight.codes, device_table(codec, device, dtype), weight.scale, out)
+    tensors = (weight.codes, device_table(codec, plan.copies, device, dtype), weight.scale, out)
     gpu.launch(plan.source, "dequantize", grid, plan.threads, plan.shared, *tensors, rows, row_tiles, col_tiles)
     return out
 

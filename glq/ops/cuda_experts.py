@@ -170,7 +170,7 @@ def matmul(
     grid = min(gpu.multiprocessors, plan.limit(task) * plan.units(task))
     sums = grid * plan.wr * 64 * plan.at_once
     own = torch.empty(sums, dtype=torch.float32, device=x.device)
-    table = device_table(codec, x.device, x.dtype)
+    table = device_table(codec, plan.copies, x.device, x.dtype)
     tensors = (weights.codes, x, weights.signs, order, by_expert, table, weights.scale, y, gpu.exchange(sums), own)
     words = by_expert.element_size() // 4
     sizes = (words, plan.limit(task), pairs, task.experts, tokens, rows, task.row_tiles, task.col_tiles)

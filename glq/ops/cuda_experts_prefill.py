@@ -134,7 +134,7 @@ def matmul(
     route = nvrtc.Source(("ops/ptx.cuh", "ops/route.cu"), own)
     gpu.launch(route, "route", experts + _CLEARING, 512, 0, expert_of, blocks, slots, y, pairs, experts, rows)
     rotated = rotate_pairs(x, weights.signs, weights.block, blocks, slots, top_k, gpu)
-    table, handed = device_table(trellis, device, x.dtype), gpu.exchange(plan.blocks * plan.rows * tokens)
+    table, handed = device_table(trellis, plan.copies, device, x.dtype), gpu.exchange(plan.blocks * plan.rows * tokens)
     tensors = (weights.codes, rotated, table, weights.scale, y, handed, blocks, slots)
     sizes = (pairs, most * tokens, rows, row_tiles, col_tiles)
     gpu.launch(plan.source, "prefill", plan.blocks, plan.threads, plan.shared, *tensors, *sizes)

@@ -9,7 +9,7 @@ from glq.codecs import Codec
 from glq.codecs.e8 import FactoredE8, ResidualE8, half_table
 from glq.codecs.lattice import constant
 from glq.codecs.nested import NestedE8
-from glq.codecs.trellis import Trellis, pair_table, signed_table
+from glq.codecs.trellis import Trellis, looked_up
 
 HOLE = 32 * 1024  # bytes
 _SCALES = {torch.float16: 16, torch.bfloat16: 0, torch.float32: 32}  # macro SCALE
@@ -25,10 +25,13 @@ def decoder(codec: Codec) -> tuple[str, ...]:
 
 
 @cache
-def device_table(codec: Codec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Of values in `dtype`. trellis: [2^index_bits, 2]; e8: [entries, 4]; nested: bytes, as lattice.cuh has them."""
+def device_table(codec: Codec, copies: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Of values in `dtype`, for a kernel with so many copies.
+
+    trellis: [2^(table_bits + signs_in), 2]; e8: [entries, 4]; nested: bytes, as lattice.cuh has them.
+    """
     if isinstance(codec, Trellis):
-        table = signed_table(codec) if codec.signed_lookup else pair_table(codec)
+        table = looked_up(codec, signs_in(codec, copies))
     elif isinstance(codec, NestedE8):
         scales = torch.zeros(32)
         scales[: len(codec.scales)] = constant(codec.scales, _CPU) / 2 * 512
@@ -38,17 +41,14 @@ def device_table(codec: Codec, device: torch.device, dtype: torch.dtype) -> Tens
     return table.to(device, dtype).contiguous()
 
 
-def index_bits(codec: Trellis) -> int:
-    return codec.table_bits + 2 * codec.signed_lookup
-
-
 def macros(
     codec: Codec, copies: int, dtype: torch.dtype, scale: torch.dtype, **own: int
 ) -> tuple[tuple[str, int], ...]:
     """Those of the decoder's files, for x in `dtype` and scales in `scale`; and a kernel's own."""
     common = {"BF16": int(dtype == torch.bfloat16), "SCALE": _SCALES[scale], "CODE_BITS": codec.code_bits}
     if isinstance(codec, Trellis):
-        common |= {"TABLE_BITS": index_bits(codec), "SIGNED": int(codec.signed_lookup)}
+        signs = signs_in(codec, copies)
+        common |= {"TABLE_BITS": codec.table_bits + signs, "SIGNS": signs}
     elif isinstance(codec, NestedE8):
         common |= {"NESTED": codec.q, "FIRST": 0, "SECOND": codec.low.bit_length() - 1}
     else:
@@ -60,21 +60,32 @@ def macros(
 def copies_in(codec: Codec, kilobytes: int) -> int:
     """How many copies of the table have room there; at most one for each lane that looks up at once."""
     if isinstance(codec, Trellis):
-        return min(32, 256 * kilobytes >> index_bits(codec))
+        most = min(32, 256 * kilobytes >> codec.table_bits + codec.signs)
+        return most if most == 32 or codec.signs != 1 else most // 2
     if isinstance(codec, NestedE8):
         return 4
     return 1 << (min(16, 128 * kilobytes // _entries(codec)).bit_length() - 1)
 
 
+def with_signs(codec: Codec, copies: int) -> int:
+    """At most so many copies, of a table that has both signs if there is room: two passes, but an instruction less."""
+    return min(copies, 16) if isinstance(codec, Trellis) and codec.signs == 1 else copies
+
+
+def signs_in(codec: Trellis, copies: int) -> int:
+    """Of a pair's two signs, those that the table has."""
+    return 2 if codec.signs == 1 and copies < 32 else codec.signs
+
+
 def spread(codec: Codec, copies: int) -> bool:
     """Whether the table has holes, as tiles.cuh says."""
-    return isinstance(codec, Trellis) and not codec.signed_lookup and copies == 32
+    return isinstance(codec, Trellis) and codec.signs < 2 and copies == 32
 
 
 def table_bytes(codec: Codec, copies: int) -> int:
     """Of shared memory that hold `copies` of the table."""
     if isinstance(codec, Trellis):
-        return 7 * HOLE if spread(codec, copies) else 4 * copies << index_bits(codec)
+        return 7 * HOLE if spread(codec, copies) else 4 * copies << codec.table_bits + signs_in(codec, copies)
     if isinstance(codec, NestedE8):
         return -(-(128 + (0 if codec.q % 3 else 8 * copies * _NUMBERS)) // 1024) * 1024  # stages of x follow it
     return 8 * copies * _entries(codec)

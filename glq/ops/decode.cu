@@ -19,13 +19,16 @@ __device__ __forceinline__ void copy_async(u8* to, const u8* from, int bytes) {
 }
 
 // x: what INPUT says, [cols], where BLOCK > 0, else [column tiles][tokens, beyond 8 filled up to 8 NT][72], rotated. handed, own: [grid][tokens][ROWS];
-// handed is EMPTY, and is so again at the end.
+// handed is EMPTY, and is so again at the end. by_row, by_length, by_longer: factors of quotient for units of a row, and of a block.
 extern "C" __global__ void __launch_bounds__(THREADS + ROOM, 1)
 decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, const u32* table, const void* scale, u16* y, float* handed, float* own,
-       int eps, int stride, int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer) {
+       int eps, int stride, int tokens, int rows, int cols, int row_tiles, int col_tiles, int length, int longer,
+       u32 by_row, u32 by_length, u32 by_longer) {
   extern __shared__ __align__(128) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
+  constexpr int FILLERS = 32 * (BLOCK ? WARPS / 2 : WARPS);  // threads
+  Filler<FILLERS> filler(table);  // ahead of codes, which fill the way from memory
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, wr = warp / WK, wk = warp % WK;
   const Work work{row_tiles, col_tiles, (col_tiles + WK - 1) / WK, length, longer};
   auto put = [&](int token, int row, const Scales& scales, float4 sum) { put_rows(y + (size_t)token * rows, scales, scale, 0, row, rows, sum); };
@@ -39,7 +42,7 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   const int own_end = min(end, (row_tiles - wr + WR - 1) / WR * per_row);                // beyond it the warp has no rows
   const long long jump = (long long)(TALL * WR * col_tiles - per_row * WK) * TILE_BYTES;  // to the next rows
   auto has = [&](int unit, int ku) { return unit < own_end && ku < own_cols; };
-  int group = begin / per_row, ku = begin - group * per_row, next = ku;
+  int group = quotient(begin, by_row), ku = begin - group * per_row, next = ku;
   const Loader loader(codes, rows, col_tiles);
   const u8* at = codes + ((size_t)(TALL * (group * WR + wr)) * col_tiles + ku * WK + wk) * TILE_BYTES + 16 * lane;
   auto step = [&] {
@@ -55,16 +58,23 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   };
   u32 now[REGS];
   bool is_tile = has(begin, ku);
-  if (is_tile) loader.load(now, at - 16 * lane, lane);
-  step();
+  auto load_first = [&] {
+    if (is_tile) loader.load(now, at - 16 * lane, lane);
+    step();
+  };
+  // Where the table is filled and x rotated first, codes go as far as to the L2 cache: loads that wait for memory would hold up all others.
+  if (!BLOCK) load_first();
   #pragma unroll 1
-  for (int i = 0; i < FAR; ++i) request_far(begin + 1 + i, i);
-  fill_table(memory, table, THREADS);
-  const int head = group, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
-  if (NT == 1) request_scales(scale, head * ROWS, min(((end - 1) / per_row + 1) * ROWS, rows) - head * ROWS);
+  for (int i = 0; i < FAR + (BLOCK > 0); ++i) request_far(begin + (BLOCK == 0) + i, i);
+  const int head = group;
+  auto make_ready = [&] {
+    filler.fill(memory);
+    if (NT == 1) request_scales(scale, head * ROWS, min((quotient(end - 1, by_row) + 1) * ROWS, rows) - head * ROWS, FILLERS);
+  };
 #if BLOCK
-  rotate_for(work, begin, end, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols);
+  rotate_for<FILLERS / 32>(work, ku, end - begin, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols, make_ready, load_first);
 #else
+  make_ready();
   wait_for_previous();
   const int next_stage = SPREAD ? 2 * HOLE : WK * held * X_STRIDE * 2;
   auto stage = [&](int ku, int to) {  // x of a unit on its way to shared memory
@@ -74,6 +84,8 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   int from = 0;  // where the unit's x lies
   __syncthreads();  // the table
 #endif
+  // The first block that has a part of the head.
+  const int shared_from = work.owner(head * per_row, [&](int n) { return quotient(n, by_longer); }, [&](int n) { return quotient(n, by_length); });
   const u32 copy = own_copy();
   float acc[4][NT][4];
   #pragma unroll

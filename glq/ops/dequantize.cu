@@ -26,7 +26,7 @@ dequantize(const u8* codes, const u32* table, const void* scale, u16* out, int r
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, warps = gridDim.x * (THREADS / 32);
   let_next_start();
   if (refuses(memory, out, (size_t)row_tiles * col_tiles * 4096)) return;
-  fill_table(memory, table, THREADS);
+  Filler<THREADS>(table).fill(memory);
   wait_for_previous();
   __syncthreads();
   const u32 copy = own_copy();

@@ -70,7 +70,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   float* const sums = (float*)(memory + (SPREAD ? HOLE : TABLE_BYTES));  // of take_sums
   u8* const xs = SPREAD ? memory + 3 * HOLE : (u8*)(sums + WARPS * 8 * 64);
   const Pairs pairs(xs + x_end, order, by_expert, words, limit, count, of_experts);
-  fill_table(memory, table, THREADS);
+  Filler<THREADS>(table).fill(memory);
   wait_for_previous();
   if (warp == 0) pairs.find(count, of_experts);
   __syncthreads();  // the segments and the table
@@ -94,7 +94,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
   int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
 #if BLOCK
-  rotate_for(work, begin, end, (u16*)xs, sums, Input(x, x, x, nullptr, 0, 0, 0, 0), signs, col_tiles * 64);
+  rotate_for<0>(work, ku, end - begin, (u16*)xs, sums, Input(x, x, x, nullptr, 0, 0, 0, 0), signs, col_tiles * 64, [] {}, [] {});
 #else
   auto stage = [&](int unit, int segment, int col) {  // x of a unit on its way to shared memory
     const Segment& s = pairs.segments[segment];
@@ -120,7 +120,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   for (int unit = begin; unit < end; ku = 0, begins = true) {
     const Segment& s = pairs.segments[segment];
     const bool last_group = group + 1 == groups;
-    if (BLOCK) request_scales(scale, s.expert * rows + group * ROWS, min(ROWS, rows - group * ROWS));
+    if (BLOCK) request_scales(scale, s.expert * rows + group * ROWS, min(ROWS, rows - group * ROWS), THREADS);
     for (const int stop = min(end, unit - ku + per_row); unit < stop; ++unit, ++ku) {
 #if BLOCK
       const u16* const mine = (const u16*)xs + (ku * WK + wk) * 64 + 16 * t;

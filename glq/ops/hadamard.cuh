@@ -26,11 +26,47 @@ __device__ __forceinline__ void hadamard256(float* v, int lane) {
     for (int i = 0; i < 8; ++i) v[i] = __shfl_xor_sync(~0u, v[i], h) + sign * v[i];
   }
 }
-// A chunk for who has the others of its block, in the order of its columns.
-__device__ __forceinline__ void leave(const float* v, float* scratch, int lane) {
-  *(float4*)(scratch + 8 * lane) = make_float4(v[0], v[1], v[2], v[3]);
-  *(float4*)(scratch + 8 * lane + 4) = make_float4(v[4], v[5], v[6], v[7]);
+
+// ---- by tensor cores ----
+
+// A fragment of the Sylvester matrix of 16: register i has row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next. As an operand on the right, registers j and j + 2
+// have columns g + 8j.
+__device__ __forceinline__ void sylvester16(u32* a, int lane) {
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+    a[i] = 0x3F803F80u | (u32)(__popc(row & k) & 1) << 15 | (u32)(__popc(row & (k + 1)) & 1) << 31;
+  }
 }
+// Two numbers as bf16 and what is left of them as bf16: 16 bits of each.
+__device__ __forceinline__ void split(float a, float b, u32& high, u32& low) {
+  high = pack_bf16(a, b);
+  low = pack_bf16(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xFFFF0000u));
+}
+// 256 columns, of which a lane has four pairs from column 8 · lane on, in two parts as split gives them, EXACT if there is no second one. A product transforms along bits 0, 1, 3
+// and 4 of a column's number, and the next, of its sums, along the others. sums[j][2b + e]: of the column whose bits 1, 2 and 5 are b, j and e, and bits 0, 3, 4 and
+// 6, 7 those of lane / 4 and of lane % 4. Not normalized.
+template <bool EXACT> __device__ __forceinline__ void hadamard256(float (*sums)[4], const u32* high, const u32* low, const u32* sylvester) {
+  float first[2][4] = {};
+  u32 parts[2][4];
+  #pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    mma_bf16(first[h], sylvester, high[2 * h], high[2 * h + 1]);
+    if (!EXACT) mma_bf16(first[h], sylvester, low[2 * h], low[2 * h + 1]);
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) split(first[h][2 * i], first[h][2 * i + 1], parts[0][2 * h + i], parts[1][2 * h + i]);
+  }
+  #pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) sums[j][i] = 0;
+    #pragma unroll
+    for (int p = 0; p < 2; ++p) mma_bf16(sums[j], parts[p], sylvester[j], sylvester[j + 2]);
+  }
+}
+
+// ---- across chunks ----
+
 // The orthonormal discrete Hartley transform: cas(2π k / M) / √M, of which glq.rotation has the matrix [i][j] at k = i · j mod M.
 template <int M> struct Hartley {
   float at[M] = {};
@@ -78,9 +114,4 @@ template <int COUNT> __device__ __forceinline__ void row_across(float* row, int 
     const float factor = ODD == 1 ? 1 : hartley.at[chunk / POW * (c / POW) % ODD];
     row[c] = __popc(chunk & c % POW) % 2 ? -factor : factor;
   }
-}
-template <int COUNT> __device__ __forceinline__ void gather(float* v, const float* scratch) {
-  #pragma unroll
-  for (int c = 0; c < COUNT; ++c) v[c] = scratch[256 * c];
-  across<COUNT>(v);
 }

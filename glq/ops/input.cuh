@@ -28,7 +28,13 @@ struct Eight {
     x = *(const uint4*)(input.x + col);
     if (INPUT != PLAIN) other = *(const uint4*)(input.other + col);
   }
-  // What is to be rotated; of NORM before it is divided.
+  // What is to be rotated, of PLAIN, in pairs.
+  __device__ __forceinline__ void take_signed(u32* pairs) const {
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = words[i] ^ (negative >> 2 * i & 1) << 15 ^ (negative >> 2 * i & 2) << 30;
+  }
+  // The same of any kind; of NORM before it is divided.
   __device__ __forceinline__ void take(float* v) const {
     unpack_signed(v, x, negative);
     if (INPUT == SILU) {
@@ -49,11 +55,11 @@ struct Eight {
 };
 
 // What NORM divides by, from the squares that a warp's lanes have added up of its columns. Of columns from `first` up to `end` the sum is stored.
-// By `threads` threads; every lane has the warp's sum.
-__device__ __forceinline__ float sum_squares(const Input& input, int cols, int threads, int first, int end) {
+// By `threads` threads, of which this is the thread-th; every lane has the warp's sum.
+__device__ __forceinline__ float sum_squares(const Input& input, int cols, int thread, int threads, int first, int end) {
   float squares = 0;
   #pragma unroll 1
-  for (int col = 8 * threadIdx.x; col < cols; col += 8 * threads) {
+  for (int col = 8 * thread; col < cols; col += 8 * threads) {
     float v[8], more[8];
     unpack_signed(v, *(const uint4*)(input.x + col), 0);
     unpack_signed(more, *(const uint4*)(input.other + col), 0);

@@ -42,10 +42,16 @@ static constexpr double UNIT = 1. / 512, MAGIC = 1536;  // what is added to MAGI
 static constexpr int LOW = 1 << SECOND, SCALE_AT = 8 * SECOND + (NESTED % 3 ? 0 : 13);
 
 __device__ __forceinline__ u32 own_copy() { return 8 * (threadIdx.x % COPIES); }
-__device__ __forceinline__ void fill_table(u8* memory, const u32* from, int threads) {
-  if (threadIdx.x < DIGITS_AT / 4) ((u32*)memory)[threadIdx.x] = from[threadIdx.x];
-  for (int i = threadIdx.x; i < NUMBERS * COPIES; i += threads) ((uint2*)(memory + DIGITS_AT))[i] = ((const uint2*)(from + DIGITS_AT / 4))[i / COPIES];
-}
+// By the first COUNT threads of a block.
+template <int COUNT> struct Filler {
+  const u32* const from;
+
+  __device__ __forceinline__ Filler(const u32* from) : from(from) {}
+  __device__ __forceinline__ void fill(u8* memory) const {
+    if (threadIdx.x < DIGITS_AT / 4) ((u32*)memory)[threadIdx.x] = from[threadIdx.x];
+    for (int i = threadIdx.x; i < NUMBERS * COPIES; i += COUNT) ((uint2*)(memory + DIGITS_AT))[i] = ((const uint2*)(from + DIGITS_AT / 4))[i / COPIES];
+  }
+};
 // The high digits of a word.
 __device__ __forceinline__ void high_digits(uint2* four, u32 word, u32 copy) {
   const u32 number = word >> 8 * SECOND & 0x1FFF, upper = number * 207127 >> 24;  // divided by 81
@@ -139,9 +145,14 @@ __device__ __forceinline__ void pairs_of(u32* of_a, u32* of_b, u32 a, u32 b, u32
 static constexpr u32 STRIDE = 8 * COPIES, ENTRIES = (4 << FIRST) + (SECOND ? 4 << SECOND : 0), TABLE_BYTES = STRIDE * ENTRIES;
 
 __device__ __forceinline__ u32 own_copy() { return 8 * (threadIdx.x % COPIES); }
-__device__ __forceinline__ void fill_table(u8* memory, const u32* from, int threads) {
-  for (int i = threadIdx.x; i < ENTRIES * COPIES; i += threads) ((uint2*)memory)[i] = ((const uint2*)from)[i / COPIES];
-}
+static_assert(COPIES >= 2, "16 bytes are two copies");
+template <int COUNT> struct Filler : TableFiller<COUNT, ENTRIES, COPIES / 2, uint2> {
+  using TableFiller<COUNT, ENTRIES, COPIES / 2, uint2>::TableFiller;
+
+  __device__ __forceinline__ void fill(u8* memory) {
+    this->put([&](int entry) { return memory + entry * STRIDE; }, [](uint2 v) { return make_uint4(v.x, v.y, v.x, v.y); });
+  }
+};
 // The entries of a word of one stage, whose entries begin at `first`.
 template <int BITS> __device__ __forceinline__ void stage_of(uint2* halves, u32 word, u32 first, u32 copy) {
   constexpr u32 MASK = (1 << BITS) - 1;

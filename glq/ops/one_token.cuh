@@ -5,53 +5,83 @@ static constexpr int SQUARES_AT = 256 * WARPS, SCRATCH = BLOCK ? SQUARES_AT + (I
 
 #if BLOCK
 // One token of `cols` columns, which the kernel ahead may have made, into shared memory, in the order of its columns. Of its chunks of 256 columns those from
-// `first` up to `chunks` and those up to `end`, all of them whole blocks of the rotation. scratch: SCRATCH floats.
-__device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& input, const u8* signs, int cols, int chunks, int first, int end) {
-  constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS;
+// `first` up to `chunks` and those up to `end`, all of them whole blocks of the rotation. scratch: SCRATCH floats. The first OTHERS warps have no chunks:
+// they do what is to be done `meanwhile`. before_others: what each warp does before it waits for others.
+template <int OTHERS, typename F, typename G>
+__device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& input, const u8* signs, int cols, int chunks, int first, int end, F meanwhile, G before_others) {
+  constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS, TAKERS = WARPS - OTHERS, EACH = (AT_ONCE + TAKERS - 1) / TAKERS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = chunks - first + min(first, end);
+  constexpr bool EXACT = INPUT == PLAIN && BF16;
+  const int lane = threadIdx.x % 32, taker = uniform(threadIdx.x / 32) - OTHERS, count = chunks - first + min(first, end);
   auto col_of = [&](int at) { return (at < chunks - first ? first + at : at - (chunks - first)) * 256; };
-  auto is_own = [&](int start) { return warp < AT_ONCE && start + warp < count; };
-  Eight next;
-  float divided = 1;
-  auto request_constants = [&](int start) { if (is_own(start)) next.request_constants(input, signs, col_of(start + warp) + 8 * lane); };
-  auto request = [&](int start) { if (is_own(start)) next.request(input, col_of(start + warp) + 8 * lane); };
+  Eight next[EACH];
+  auto each_own = [&](int start, auto f) {
+    #pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int at = taker + i * TAKERS;
+      if (taker >= 0 && at < AT_ONCE && start + at < count) f(next[i], at, col_of(start + at) + 8 * lane);
+    }
+  };
+  auto request_constants = [&](int start) { each_own(start, [&](Eight& of, int, int col) { of.request_constants(input, signs, col); }); };
+  auto request = [&](int start) { each_own(start, [&](Eight& of, int, int col) { of.request(input, col); }); };
   request_constants(0);
+  if (taker < 0) meanwhile();
+  u32 sylvester[4];
+  sylvester16(sylvester, lane);
   wait_for_previous();
   request(0);
-  if (INPUT == NORM) {
-    const float squares = sum_squares(input, cols, THREADS, 0, blockIdx.x == 0 ? cols : 0);  // of all columns, whichever this block needs
-    if (lane == 0) scratch[SQUARES_AT + warp] = squares;
+  if (INPUT == NORM && taker >= 0) {
+    const float squares = sum_squares(input, cols, threadIdx.x - 32 * OTHERS, 32 * TAKERS, 0, blockIdx.x == 0 ? cols : 0);  // of all columns, whichever this block needs
+    if (lane == 0) scratch[SQUARES_AT + taker] = squares;
   }
+  float by = rsqrtf((float)(BLOCK / odd_part(CHUNKS)));
   #pragma unroll 1
   for (int start = 0; start < count; start += AT_ONCE) {
-    if (is_own(start)) {
-      float v[8];
-      next.take(v);
-      request_constants(start + AT_ONCE);
-      request(start + AT_ONCE);
-      hadamard256(v, lane);
-      leave(v, scratch + 256 * warp, lane);
-    }
+    each_own(start, [&](Eight& of, int at, int) {
+      u32 high[4], low[4];
+      if (EXACT) of.take_signed(high);
+      else {
+        float v[8];
+        of.take(v);
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) split(v[2 * i], v[2 * i + 1], high[i], low[i]);
+      }
+      float sums[2][4];
+      hadamard256<EXACT>(sums, high, low, sylvester);
+      float* const to = scratch + 256 * at + (lane / 4 % 2 | lane / 8 * 8 | lane % 4 * 64);
+      #pragma unroll
+      for (int i = 0; i < 8; ++i) to[(i / 2 % 2 * 2 | i / 4 * 4) ^ lane % 4 * 2 | i % 2 * 32] = sums[i / 4][i % 4];
+    });
+    request_constants(start + AT_ONCE);
+    request(start + AT_ONCE);
+    if (start == 0) before_others();
     __syncthreads();
-    if (INPUT == NORM && start == 0) divided = inverse_norm<WARPS>(scratch + SQUARES_AT, cols, input.eps);
-    for (int i = threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += THREADS) {
-      float v[CHUNKS];
-      gather<CHUNKS>(v, scratch + i / 256 * BLOCK + i % 256);
+    if (INPUT == NORM && start == 0) by *= inverse_norm<TAKERS>(scratch + SQUARES_AT, cols, input.eps);
+    for (int i = 2 * threadIdx.x; i < min(AT_ONCE, count - start) / CHUNKS * 256; i += 2 * THREADS) {  // two columns
+      const float* const from = scratch + i / 256 * BLOCK + (i % 256 ^ i / 64 % 4 * 2);
+      float v[2][CHUNKS];
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) {
+        const float2 two = *(const float2*)(from + 256 * c);
+        v[0][c] = two.x, v[1][c] = two.y;
+      }
+      across<CHUNKS>(v[0]);
+      across<CHUNKS>(v[1]);
       u16* const to = xs + col_of(start + i / 256 * CHUNKS) + i % 256;
       #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) to[256 * c] = to16(v[c] * (rsqrtf((float)(BLOCK / odd_part(CHUNKS))) * divided));
+      for (int c = 0; c < CHUNKS; ++c) *(u32*)(to + 256 * c) = pack16(v[0][c] * by, v[1][c] * by);
     }
     __syncthreads();
   }
 }
-// The columns that a run of units needs.
-__device__ __forceinline__ void rotate_for(const Work& work, int begin, int end, u16* xs, float* scratch, const Input& input, const u8* signs, int cols) {
+// The columns that a run of `length` units needs, of which the first is the from-th of its row.
+template <int OTHERS, typename F, typename G>
+__device__ __forceinline__ void rotate_for(const Work& work, int from, int length, u16* xs, float* scratch, const Input& input, const u8* signs, int cols, F meanwhile, G before_others) {
   constexpr int CHUNKS = BLOCK / 256;
-  const int from = begin % work.per_row, length = end - begin, chunks = cols / 256;
+  const int chunks = cols / 256;
   const int first = from * WK * 64 / BLOCK * CHUNKS;
   const int past = (min(from + length, work.per_row) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;  // of the first row
   const int wrapped = (max(from + length - work.per_row, 0) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;
-  rotate(xs, scratch, input, signs, cols, min(past, chunks), first, wrapped);
+  rotate<OTHERS>(xs, scratch, input, signs, cols, min(past, chunks), first, wrapped, meanwhile, before_others);
 }
 #endif

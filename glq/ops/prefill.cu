@@ -244,7 +244,7 @@ prefill(const u8* codes, const u16* x, const u32* table, const void* scale, u16*
     }
     publish_barriers();
   }
-  fill_table(memory, table, THREADS);
+  Filler<THREADS>(table).fill(memory);
   __syncthreads();
   const int decoder = uniform(threadIdx.x / 32) - MULTIPLIERS;
   if (decoder >= 0) decode_run(work, ring, codes, x, padded / TOKENS, decoder);

@@ -256,7 +256,7 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   u32 r[LANE_REGS], hashes[16], found[FOUND], a[16];
   Stream stream(codes, run_begin, lane);
   stream.load(r, run_begin);
-  fill_table(memory, table, 32 * WARPS);
+  Filler<32 * WARPS>(table).fill(memory);
   sync_warps<32 * WARPS>();
   await_cluster();
   take(hashes, r, part, after);

@@ -81,16 +81,16 @@ __device__ __forceinline__ void take(u32* hashes, const u32* r, int part, int af
   #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const u32 w = words[i / 2] >> STEP * (i % 2);
-    hashes[i] = hash(SIGNED ? w : prmt(w, 0, 0x1010));
+    hashes[i] = hash(TWICE ? prmt(w, 0, 0x1010) : w);
   }
 }
 __device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
   #pragma unroll
   for (int i = 0; i < 16; ++i) found[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
 }
-// Their signs are still missing if these lie apart.
+// Signs that the table lacks.
 __device__ __forceinline__ void complete(u32* found, const u32* hashes) {
   #pragma unroll
-  for (int i = 0; i < 16; ++i) if (!SIGNED) found[i] ^= hashes[i] & 0x80008000u;
+  for (int i = 0; i < 16; ++i) if (APART) found[i] ^= hashes[i] & APART;
 }
 #endif

@@ -103,7 +103,7 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
   own.request(input, col);
 #if INPUT == 2
   float squares[CHUNKS];  // by way of what is needed later: with the block's reserved KB there are 3 KB beside the largest products
-  const float sum = sum_squares(input, cols, 32 * CHUNKS, blockIdx.y * WIDTH, (blockIdx.y + 1) * WIDTH);
+  const float sum = sum_squares(input, cols, threadIdx.x, 32 * CHUNKS, blockIdx.y * WIDTH, (blockIdx.y + 1) * WIDTH);
   if (lane == 0) values[warp][0].x = sum;
   __syncthreads();
   #pragma unroll

@@ -6,7 +6,7 @@ gives the pairs of rows 8·i + g. With i the slowest axis a thread holds all pai
 axis of 1 for i; what comes after it may be of another shape (triton_words.py).
 
 Every family has one table (triton_tables.py) and two numbers FIRST and SECOND:
-    trellis   log₂ of the table's pairs, whether they have their signs
+    trellis   how many of a pair's signs the table has, 0
     e8        log₂ of a half coset's entries in the first stage and in the second (0 if there is none)
     nested    q, bits of a low digit
 """
@@ -17,14 +17,15 @@ import triton.language as tl
 from glq.codecs import trellis
 
 _MULTIPLIER = tl.constexpr(trellis.MULTIPLIER)
+_LOOK_UPS = tl.constexpr(trellis.LOOK_UPS)
 
 
 @triton.jit
-def load_table(table, FAMILY: tl.constexpr, INDEX_BITS: tl.constexpr):
+def load_table(table, FAMILY: tl.constexpr):
     """What decode_tile takes as its table: a trellis' entries, otherwise the pointer."""
     held = table
     if FAMILY == "trellis":
-        held = tl.load(table + tl.arange(0, 1 << INDEX_BITS))
+        held = tl.load(table + tl.arange(0, _LOOK_UPS))
     return held
 
 
@@ -97,7 +98,7 @@ def decode_tile(
     """What `load_words` gave → even and odd columns [tile rows, 32] in DTYPE: the codec's fp32 values rounded once."""
     ROWS: tl.constexpr = 64 if FAMILY == "trellis" else 32
     if FAMILY == "trellis":
-        even, odd = _trellis_values(words, following, table, CODE_BITS, FIRST, SECOND, DTYPE)
+        even, odd = _trellis_values(words, following, table, CODE_BITS, FIRST, DTYPE)
     elif FAMILY == "e8":
         even, odd = _e8_values(words.to(tl.uint32), table, FIRST, SECOND)
     else:
@@ -118,15 +119,16 @@ def _trellis_values(
     following,
     table,
     CODE_BITS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    SIGNED: tl.constexpr,
+    SIGNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNED: with signs."""
+    """Pairs [8, 8, 32] in what the table holds: fp16 where DTYPE is fp32, otherwise DTYPE. SIGNS: that it has."""
     PAIR: tl.constexpr = tl.float16 if DTYPE.is_fp32() else DTYPE
     h = trellis_states(words, following, CODE_BITS)
-    if SIGNED:
-        pair = _look_up(table, (h & 0xFFFF) >> (16 - INDEX_BITS))
+    if SIGNS == 2:
+        pair = _look_up(table, h >> 6 & 0x3FF)
+    elif SIGNS == 1:
+        pair = _look_up(table, (h >> 5 & 0xFF) | (h >> 6 & 0x300)) ^ (h << 2 & 0x8000)
     else:
         pair = _look_up(table, (h >> 7 & 0xFF) | (h >> 8 & 0x300)) ^ (h & 0x80008000)
     even = pair.to(tl.uint16).to(PAIR, bitcast=True)

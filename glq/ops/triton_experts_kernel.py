@@ -58,7 +58,7 @@ def experts_kernel(
         row_codes = codes + (expert * row_tiles + row_tile) * col_tiles * (8 * CODE_BITS)
         x_row = (pair // top_k).to(tl.int64) * (col_tiles * 32)
         acc = tl.zeros((ROWS, 32 if PAIRS == 1 else PAIRS), tl.float32)
-        held = load_table(table, FAMILY, FIRST)
+        held = load_table(table, FAMILY)
         for tile in range(0, col_tiles):
             words, following = load_words(row_codes + tile * (8 * CODE_BITS), CODE_BITS, FAMILY)
             even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, DTYPE)

@@ -39,7 +39,7 @@ def multiply_kernel(
     token = tl.arange(0, TOKENS)[None, :]
     odd_x = x + tokens * col_tiles * 32
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    held = load_table(table, FAMILY, FIRST)
+    held = load_table(table, FAMILY)
     words, following = load_words(row_codes + part * (8 * CODE_BITS), CODE_BITS, FAMILY)
     for tile in range(part, col_tiles, parts):
         # the next tile's codes are under way while this one is decoded
@@ -94,7 +94,7 @@ def dequantize_kernel(
     row_tile, col_tile = tl.program_id(0), tl.program_id(1)
     tile = codes + (row_tile.to(tl.int64) * col_tiles + col_tile) * (8 * CODE_BITS)
     words, following = load_words(tile, CODE_BITS, FAMILY)
-    held = load_table(table, FAMILY, FIRST)
+    held = load_table(table, FAMILY)
     even, odd = decode_tile(words, following, held, CODE_BITS, FAMILY, FIRST, SECOND, tl.float32)
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     col = col_tile * 64 + tl.arange(0, 64)[None, :]

@@ -11,7 +11,7 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import FactoredE8, ResidualE8, half_table
 from glq.codecs.lattice import constant
 from glq.codecs.nested import NestedE8
-from glq.codecs.trellis import Trellis, pair_table, signed_table
+from glq.codecs.trellis import Trellis, looked_up
 from glq.rotation import hadamard, odd_part
 
 _CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ class Decoder:
 def decoder(codec: str) -> Decoder:
     c = get_codec(codec)
     if isinstance(c, Trellis):
-        return Decoder("trellis", c.code_bits, c.table_bits + 2 * c.signed_lookup, int(c.signed_lookup))
+        return Decoder("trellis", c.code_bits, c.signs, 0)
     if isinstance(c, NestedE8):
         return Decoder("nested", c.code_bits, c.q, c.low.bit_length() - 1)
     entry_bits = [stage.entries.bit_length() - 1 for stage, _ in _stages(c)]
@@ -47,15 +47,13 @@ def decoder(codec: str) -> Decoder:
 def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The table of a codec for values in `dtype`.
 
-    trellis: [2^n] u32, signed or not, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of fp32, two an entry
-    of a half table.
+    trellis: [1024] u32, as trellis.looked_up has them, pairs of bf16 for bf16, otherwise of fp16. e8: u64, pairs of
+    fp32, two an entry of a half table.
     nested: [16 + 8192] u32, the bits of β / 2 in fp32, then the low eight base-3 digits of each number, two bits each.
     """
     c = get_codec(codec)
     if isinstance(c, Trellis):
-        pairs = (signed_table(c) if c.signed_lookup else pair_table(c)).to(
-            torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-        )
+        pairs = looked_up(c, c.signs).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
         table = pairs.contiguous().view(torch.int32).view(-1).view(torch.uint32)
     elif isinstance(c, NestedE8):
         table = _nested_table(c)
@@ -69,16 +67,13 @@ def decoding_table(codec: str, dtype: torch.dtype, device: torch.device) -> Tens
 def one_token_table(codec: str, device: torch.device) -> Tensor:
     """The table of a codec for triton_one_token.py.
 
-    trellis: u32 pairs of fp16. Where decoding_table has no signs, for 10 table bits, this has the first of the two: the
-    index is bits 17 … 7 of the hash, among which it is bit 15. e8: u64, the four fp16 of an entry of a half table in
-    units of the lattice, for each stage; filled up to a power of two. nested: as decoding_table.
+    trellis: u32 pairs of fp16, where decoding_table lacks the first sign with that, too (trellis.looked_up). e8: u64,
+    the four fp16 of an entry of a half table in units of the lattice, for each stage; filled up to a power of two.
+    nested: as decoding_table.
     """
     c = get_codec(codec)
-    if isinstance(c, Trellis) and not c.signed_lookup:
-        i = torch.arange(2048)
-        pairs = pair_table(c)[i & 0xFF | i >> 1 & 0x300]
-        pairs[:, 0] *= (1 - 2 * (i >> 8 & 1)).half()
-        return pairs.contiguous().view(torch.int32).view(-1).view(torch.uint32).to(device)
+    if isinstance(c, Trellis) and c.signs < 2:
+        return looked_up(c, c.signs + 1).contiguous().view(torch.int32).view(-1).view(torch.uint32).to(device)
     if isinstance(c, Trellis | NestedE8):
         return decoding_table(codec, torch.float16, device)
     halves = torch.cat([half_table(stage.entries, _CPU) for stage, _ in _stages(c)]).half()

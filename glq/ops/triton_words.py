@@ -116,7 +116,7 @@ def add_products(
     FIRST, SECOND: as in triton_decode.py. GAIN: the second lattice's unit.
     """
     if FAMILY == "trellis":
-        even, odd = _halves(_trellis_pairs(words, following, table, CODE_BITS, FIRST, SECOND), PTX)
+        even, odd = _halves(_trellis_pairs(words, following, table, CODE_BITS, FIRST), PTX)
     elif FAMILY == "e8":
         words = words.to(tl.uint32)
         even, odd = _halves(_e8_pairs(words, table, FIRST, 0), PTX)
@@ -132,12 +132,14 @@ def add_products(
 
 
 @triton.jit
-def _trellis_pairs(words, following, table, CODE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, SIGNED: tl.constexpr):
-    """u32. SIGNED: the table has both of a pair's signs, otherwise the first one."""
+def _trellis_pairs(words, following, table, CODE_BITS: tl.constexpr, SIGNS: tl.constexpr):
+    """u32. SIGNS: of a pair, that decoding_table has; here the table has one more (triton_tables.one_token_table)."""
     h = trellis_states(words, following, CODE_BITS)
-    if SIGNED:
-        return _look_up(table, (h & 0xFFFF) >> (16 - INDEX_BITS))
-    else:  # noqa: RET505 (Triton compiles one branch)
+    if SIGNS == 2:
+        return _look_up(table, h >> 6 & 0x3FF)
+    elif SIGNS == 1:  # noqa: RET505 (Triton compiles one branch)
+        return _look_up(table, h >> 5 & 0x7FF)
+    else:
         return _look_up(table, h >> 7 & 0x7FF) ^ (h & 0x80000000)
 
 

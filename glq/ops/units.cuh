@@ -8,13 +8,19 @@ static constexpr int X_STRIDE = 72;    // halves a token takes in a tile of x: 6
 
 // ---- which units a block has ----
 
+// n / by, where n · by < 2^32. factor: ⌈2^32 / by⌉, or 0 where by is 1.
+__device__ __forceinline__ int quotient(int n, u32 factor) { return factor ? (int)__umulhi(n, factor) : n; }
+
 struct Work {
   int row_tiles, col_tiles, per_row, length, longer;  // the first `longer` blocks have length + 1 units, the others length
 
   __device__ __forceinline__ int begin(int block) const { return block * length + min(block, longer); }
   __device__ __forceinline__ int owner(int unit) const {
+    return owner(unit, [&](int n) { return n / (length + 1); }, [&](int n) { return n / length; });
+  }
+  template <typename Longer, typename Shorter> __device__ __forceinline__ int owner(int unit, Longer by_longer, Shorter by_length) const {
     const int rest = unit - longer * (length + 1);
-    return rest < 0 ? unit / (length + 1) : longer + rest / length;
+    return rest < 0 ? by_longer(unit) : longer + by_length(rest);
   }
 };
 

@@ -28,7 +28,7 @@ __device__ __forceinline__ uint2 word_of(const u32* r, int i) {
 // Register e of the fragment of step s, of words that begin with the slice.
 __device__ __forceinline__ u32 pair_of(const u32* word, int e, u32 copy) {
   const int at = CODE_BITS * (e % 2) / 8;
-  return value(SIGNED ? bits16(word, at) : twice(word, at), copy);
+  return value(TWICE ? twice(word, at) : bits16(word, at), copy);
 }
 
 // A lane's words of a tile: the strips that begin with them, as many bits as a word has. Slices take the same instructions,
@@ -198,7 +198,7 @@ unrotate(const u8* codes, const u8* signs, const u32* table, const void* scale, 
   const int begin = (int)((long long)slices * blockIdx.x / gridDim.x), end = (int)((long long)slices * (blockIdx.x + 1) / gridDim.x);
   let_next_start();
   if (refuses(memory, out, (size_t)rows * col_tiles * 64)) return;
-  fill_table(memory, table, THREADS);
+  Filler<THREADS>(table).fill(memory);
   const u32 copy = own_copy(), b = sylvester(g, t);
   u32 a[4];
   Words words[2] = {};

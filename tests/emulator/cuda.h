@@ -74,6 +74,7 @@ static float __int_as_float(int v) { float f; std::memcpy(&f, &v, 4); return f; 
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 static u32 __funnelshift_r(u32 lo, u32 hi, int s) { return (u32)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
 static float __uint_as_float(u32 u) { float f; std::memcpy(&f, &u, 4); return f; }
+static u32 __umulhi(u32 a, u32 b) { return (u32)((unsigned long long)a * b >> 32); }
 static u32 __float_as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
 static u32 __shfl_sync(u32, u32 v, int from) {
   auto& shown = exchange[current / 32];
@@ -190,7 +191,7 @@ static u16 to16(float v) { return to_half(v); }
 static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 static u32 pack16(float low, float high) { return to16(low) | (u32)to16(high) << 16; }
-static void mma(float* c, const u32* a, u32 b0, u32 b1) {
+template <typename From> static void multiply_fragments(float* c, const u32* a, u32 b0, u32 b1, From from) {
   const int lane = current % 32;
   auto& shown = exchange[current / 32];
   const u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -201,11 +202,13 @@ static void mma(float* c, const u32* a, u32 b0, u32 b1) {
     for (int k = 0; k < 16; ++k) {  // fragments as the PTX manual draws them for m16n8k16
       const u32 av = shown[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)] >> 16 * (k % 2);
       const u32 bv = shown[col * 4 + k % 8 / 2][4 + k / 8] >> 16 * (k % 2);
-      c[e] += from16((u16)av) * from16((u16)bv);
+      c[e] += from((u16)av) * from((u16)bv);
     }
   }
   sync_warp();
 }
+static void mma(float* c, const u32* a, u32 b0, u32 b1) { multiply_fragments(c, a, b0, b1, from16); }
+static void mma_bf16(float* c, const u32* a, u32 b0, u32 b1) { multiply_fragments(c, a, b0, b1, from_bf16); }
 
 // Products run as late as they may: what they read and write too early or too late shows.
 struct Product { float* d; unsigned long long a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
