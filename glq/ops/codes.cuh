@@ -46,8 +46,6 @@ __device__ __forceinline__ void load_used(u32* r, const u8* tile, int lane, int 
 
 // Copies of a table's ENTRIES into shared memory, 16 bytes at a time, PIECES of them an entry, by the first COUNT threads of a block. Entries come from far: the first
 // ones are asked for at once, and put later. Lanes that put at the same time, a quarter of a warp, have pieces in different banks.
-__device__ __forceinline__ void load_table(u32& v, const u32* p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); }
-__device__ __forceinline__ void load_table(uint2& v, const uint2* p) { asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); }
 template <int COUNT, int ENTRIES, int PIECES, typename T> struct TableFiller {
   static constexpr bool EVEN = ENTRIES % COUNT == 0;
   static constexpr int OF_THREAD = (ENTRIES + COUNT - 1) / COUNT, AT_ONCE = OF_THREAD < 4 ? OF_THREAD : 4;
@@ -62,7 +60,7 @@ template <int COUNT, int ENTRIES, int PIECES, typename T> struct TableFiller {
     #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int at = first + i * COUNT + min(threadIdx.x, COUNT - 1);  // without a branch, behind which the assembler would put it
-      if (EVEN || at < ENTRIES) load_table(held[i], from + at);
+      if (EVEN || at < ENTRIES) load_now(held[i], from + at);
     }
   }
   template <typename Place, typename Piece> __device__ __forceinline__ void put(Place place, Piece piece) {

@@ -27,6 +27,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 template <typename T> __device__ __forceinline__ T* in_shared(u32 at) { return (T*)__cvta_shared_to_generic(at); }
 __device__ __forceinline__ u32 load_shared(u32 at) { return *(const u32*)__cvta_shared_to_generic(at); }
 __device__ __forceinline__ uint2 load_shared8(u32 at) { return *(const uint2*)__cvta_shared_to_generic(at); }
+// Not later than what follows.
+__device__ __forceinline__ void load_now(u32& v, const u32* p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); }
+__device__ __forceinline__ void load_now(uint2& v, const uint2* p) { asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); }
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {

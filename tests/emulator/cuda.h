@@ -173,6 +173,7 @@ static uint4 load_shared_by_system(const uint4* p) {
     while ((words[i] = __atomic_load_n((const u32*)p + i, __ATOMIC_RELAXED)) == ~0u) sched_yield();
   return {words[0], words[1], words[2], words[3]};
 }
+template <typename T> static void load_now(T& v, const T* p) { v = *p; }
 static void commit_async() {}
 static void wait_async() {}
 static void let_next_start() {}
