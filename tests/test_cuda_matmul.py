@@ -115,7 +115,7 @@ BATCH_SHAPES = [
     cuda_batch.Shape(32, 2, 1, 4),
     cuda_batch.Shape(32, 1, 1, 3),
     cuda_batch.Shape(32, 1, 1, 4),
-    cuda_batch.Shape(64, 1, 1, 2),
+    cuda_batch.Shape(64, 2, 2, 2),
     cuda_batch.Shape(64, 2, 1, 4),
     cuda_batch.Shape(128, 2, 2, 1),
     cuda_batch.Shape(128, 4, 1, 3),

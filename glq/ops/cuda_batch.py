@@ -107,7 +107,7 @@ def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | N
     if tokens <= 32:
         return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if codec.signs == 2 else 3)
     if tokens <= 64:
-        return Shape(64, 1, 1, 2) if tall else Shape(64, 2, 1, 4)
+        return Shape(64, 2, 2, 2) if tall else Shape(64, 2, 1, 4)
     if signed or not tall:
         return Shape(128, 2, 2, 1) if tall else Shape(128, 4, *((1, 3) if signed and weights <= _SMALLER else (2, 2)))
     return None
