@@ -6,8 +6,9 @@
 // always adds up in the same order.
 // Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads).
 
-// Threads beside these that registers are left for: those of the next rotation, which can start early. (Lattices have none to leave on later GPUs.)
-static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK && (TALL == 1 || __CUDA_ARCH__ == 900) ? 32 : 0;
+// Threads beside these that registers are left for: those of the next rotation, which can start early. (Lattices have none to leave on later GPUs, and with 9 to
+// 16 tokens trellis-2.75 lacks one.)
+static constexpr int ROOM = __CUDA_ARCH__ >= 900 && NT <= 4 && !BLOCK && !(NT == 2 && CODE_BITS == 44) && (TALL == 1 || __CUDA_ARCH__ == 900) ? 32 : 0;
 
 // ---- x ----
 
