@@ -29,13 +29,14 @@ __device__ __forceinline__ void hadamard256(float* v, int lane) {
 
 // ---- by tensor cores ----
 
+static constexpr u32 ONES_BF16 = 0x3F803F80, ONES = BF16 ? ONES_BF16 : 0x3C003C00;
 // A fragment of the Sylvester matrix of 16: register i has row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next. As an operand on the right, registers j and j + 2
-// have columns g + 8j.
-__device__ __forceinline__ void sylvester16(u32* a, int lane) {
+// have columns g + 8j. ones: two of them, in the operands' type.
+__device__ __forceinline__ void sylvester16(u32* a, int lane, u32 ones) {
   #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-    a[i] = 0x3F803F80u | (u32)(__popc(row & k) & 1) << 15 | (u32)(__popc(row & (k + 1)) & 1) << 31;
+    a[i] = ones | (u32)(__popc(row & k) & 1) << 15 | (u32)(__popc(row & (k + 1)) & 1) << 31;
   }
 }
 // Two numbers as bf16 and what is left of them as bf16: 16 bits of each.

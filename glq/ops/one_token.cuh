@@ -27,7 +27,7 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& inp
   request_constants(0);
   if (taker < 0) meanwhile();
   u32 sylvester[4];
-  sylvester16(sylvester, lane);
+  sylvester16(sylvester, lane, ONES_BF16);
   wait_for_previous();
   request(0);
   if (INPUT == NORM && taker >= 0) {

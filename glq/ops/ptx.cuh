@@ -79,7 +79,6 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
-#define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else
 __device__ __forceinline__ float from16(u16 v) { return from_half(v); }
 __device__ __forceinline__ u16 to16(float v) {
@@ -87,7 +86,6 @@ __device__ __forceinline__ u16 to16(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
 }
-#define GLQ_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #endif
 __device__ __forceinline__ u32 pack_half(float low, float high) {
   u32 r;
@@ -100,18 +98,16 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return r;
 }
 __device__ __forceinline__ u32 pack16(float low, float high) { return BF16 ? pack_bf16(low, high) : pack_half(low, high); }
-// c [16, 8] += a [16, 16] · b [16, 8], each lane with its fragments.
-__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
-  asm(GLQ_MMA " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// The same in bf16, whatever x is.
-__device__ __forceinline__ void mma_bf16(float* c, const u32* a, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// c [16, 8] += a [16, 16] · b [16, 8], each lane with its fragments, in bf16 or fp16.
+#define GLQ_MMA(TYPE) \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+__device__ __forceinline__ void mma_bf16(float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("bf16"); }
+__device__ __forceinline__ void mma_half(float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("f16"); }
+#undef GLQ_MMA
+// In the type of x.
+__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) { return BF16 ? mma_bf16(c, a, b0, b1) : mma_half(c, a, b0, b1); }
 
 // ---- programmatic dependent launch: the next kernel may start, and waits for the one ahead ----
 

@@ -164,11 +164,7 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     negative[i] = (bits & 1) << 15 | (bits & 2) << 30;
   }
   u32 hadamard16[4];
-  #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + i % 2 * 8, k = 2 * t + i / 2 * 8;
-    hadamard16[i] = (BF16 ? 0x3F803F80u : 0x3C003C00u) | (u32)(__popc(row & k) & 1) << 15 | (u32)(__popc(row & (k + 1)) & 1) << 31;
-  }
+  sylvester16(hadamard16, lane, ONES);
   uint4 raw[8];
   auto request = [&](int first) {
     int row = first + g < tokens ? first + g : -1;
