@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -64,9 +65,10 @@ def _library(source, begin, resident, rank):
     if not library.exists():
         folder.mkdir(exist_ok=True)
         (folder / "kernels.cpp").write_text(text)
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "new.so", "kernels.cpp"]
+        own = f"{os.getpid()}.so"  # other workers may build the same
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", own, "kernels.cpp"]
         subprocess.run(command, cwd=folder, check=True)
-        (folder / "new.so").rename(library)
+        (folder / own).rename(library)
     return ctypes.CDLL(str(library))
 
 
