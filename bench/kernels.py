@@ -3,15 +3,19 @@
     python bench/kernels.py OUT [--codecs trellis-4 …] [--tokens 1 8 …] [--shapes 4096x4096 …] [--triton]
 
 Every result is checked first. A time is the median over replays of a CUDA graph that goes through as many copies of the
-matrix as fill the L2 cache several times, so each is read from memory; rotation of x included. The floor is bytes
-stored ÷ what the card reads in the same run. OUT gets kernels.json, kernels.md and kernels.svg.
+matrix as fill the L2 cache several times, so each is read from memory; rotation of x included. bf16 and the codecs take
+turns, with equal rests and equally long: many tokens take all the power that the card may have, so what it did before
+decides how fast it is. The floor is bytes stored ÷ what the card reads in the same run. OUT gets kernels.json,
+kernels.md and kernels.svg.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
@@ -25,6 +29,7 @@ from glq.rotation import block_width, rotate
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]  # [out, in]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192]
 _COPIES = 256e6  # bytes that they take together
+_TURN, _REST = 8e3, 0.01  # µs that one is timed at a time; s before
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Row:
     error: float
 
 
-def time_graph(calls: list[Callable[[], Tensor]], replays: int = 15) -> float:
-    """Median µs of one call."""
+def make_graph(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+    """Of all calls, of which two were made before."""
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()  # what the calls read may still be under way
     with torch.cuda.stream(stream):
@@ -53,16 +58,37 @@ def time_graph(calls: list[Callable[[], Tensor]], replays: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for i in range(replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    return graph
+
+
+def replay(graph: torch.cuda.CUDAGraph, times: int) -> float:
+    """Median µs of a replay."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for start, end in events:
         start.record()
         graph.replay()
         end.record()
-        end.synchronize()
-        if i > 1:
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) * 1e3 for start, end in events)
+
+
+def time_graph(calls: list[Callable[[], Tensor]], replays: int = 15) -> float:
+    """Median µs of one call."""
+    graph = make_graph(calls)
+    replay(graph, 2)
+    return replay(graph, replays) / len(calls)
+
+
+def time_in_turns(sets: list[list[Callable[[], Tensor]]], rounds: int = 7) -> list[float]:
+    """Median µs of one call of each set, which take turns for equally long, after equal rests."""
+    graphs = [make_graph(calls) for calls in sets]
+    times = [max(2, round(_TURN / replay(graph, 3))) for graph in graphs]
+    found: list[list[float]] = [[] for _ in sets]
+    for _ in range(rounds):
+        for graph, count, us in zip(graphs, times, found, strict=True):
+            time.sleep(_REST)
+            us.append(replay(graph, count))
+    return [median(us) / len(calls) for us, calls in zip(found, sets, strict=True)]
 
 
 def read_rate() -> float:
@@ -71,11 +97,11 @@ def read_rate() -> float:
     return values.numel() * 4 / time_graph([values.sum])
 
 
-def bf16_time(tokens: int, out_features: int, in_features: int) -> float:
+def bf16_calls(tokens: int, out_features: int, in_features: int) -> list[Callable[[], Tensor]]:
     count = max(2, int(_COPIES / (2 * out_features * in_features)) + 1)
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-    return time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
 @dataclass(frozen=True)
@@ -119,22 +145,26 @@ class Problem:
 
 
 def measure(
-    codec: str,
+    codecs: list[str],
     tokens: int,
     shape: tuple[int, int],
     rate: float,
-    bf16: float,
     op: Callable = matmul,
     dtype: torch.dtype = torch.float16,
-) -> Row:
+) -> list[Row]:
     """op: as ops.matmul; dtype: of x."""
-    problem = Problem.make(codec, tokens, *shape, dtype)
-    y = op(*problem.given(problem.copies[-1]))
-    error = problem.error(y)
-    assert error < 2, f"{codec}, {tokens} tokens, {shape}: {error} times the error of PyTorch"
-    us = time_graph([lambda codes=codes: op(*problem.given(codes)) for codes in problem.copies])
-    stored = problem.copies[0].numel() + 2 * shape[0] + shape[1] // 8
-    return Row(codec, tokens, *shape, us, stored / rate, bf16, error)
+    sets, errors, stored = [bf16_calls(tokens, *shape)], [], []
+    for codec in codecs:
+        problem = Problem.make(codec, tokens, *shape, dtype)
+        errors.append(problem.error(op(*problem.given(problem.copies[-1]))))
+        assert errors[-1] < 2, f"{codec}, {tokens} tokens, {shape}: {errors[-1]} times the error of PyTorch"
+        sets.append([lambda codes=codes, problem=problem: op(*problem.given(codes)) for codes in problem.copies])
+        stored.append(problem.copies[0].numel() + 2 * shape[0] + shape[1] // 8)
+    bf16, *times = time_in_turns(sets)
+    return [
+        Row(codec, tokens, *shape, us, size / rate, bf16, error)
+        for codec, us, size, error in zip(codecs, times, stored, errors, strict=True)
+    ]
 
 
 def heading(rate: float) -> str:
@@ -189,8 +219,7 @@ def main() -> None:
     rows: list[Row] = []
     for tokens in args.tokens:
         for shape in shapes:
-            bf16 = bf16_time(tokens, *shape)
-            rows += [measure(codec, tokens, shape, rate, bf16, op, dtype) for codec in args.codecs]
+            rows += measure(args.codecs, tokens, shape, rate, op, dtype)
             print(table(rows[-len(args.codecs) :], rate).splitlines()[-len(args.codecs) :], flush=True)
             (args.out / "kernels.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
             (args.out / "kernels.md").write_text(table(rows, rate), encoding="utf-8")

@@ -103,14 +103,14 @@ def _of_lattice(tokens: int, tall: bool) -> Shape:
 
 
 def _shape(tokens: int, matrix: Matrix, codec: Trellis, tall: bool) -> Shape | None:
-    weights, signed = matrix.rows * matrix.cols, codec.signs > 0
+    weights = matrix.rows * matrix.cols
     if tokens <= 32:
         return Shape(32, 2, 1, 4) if weights < _SMALL else Shape(32, 1, 1, 4 if codec.signs == 2 else 3)
     if tokens <= 64:
         return Shape(64, 2, 2, 2) if tall else Shape(64, 2, 1, 4)
-    if signed or not tall:
-        return Shape(128, 2, 2, 1) if tall else Shape(128, 4, *((1, 3) if signed and weights <= _SMALLER else (2, 2)))
-    return None
+    if tall or (codec.signs == 2 and weights >= _SMALL):
+        return None
+    return Shape(128, 4, *((1, 3) if codec.signs and weights <= _SMALLER else (2, 2)))
 
 
 def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, parts: int = 1) -> Plan:

@@ -10,7 +10,7 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
-from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes, with_signs
+from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
@@ -78,7 +78,7 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
 
 def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clusters: int = 1) -> Plan:
     """As many copies of the table as 128 KB hold, and as many stages as there is room for."""
-    copies, stage = with_signs(codec, copies_in(codec, 128)), 128 * shape.tokens
+    copies, stage = copies_in(codec, 128), 128 * shape.tokens
     holes = 3 * (HOLE // stage)
     room = (_SHARED - _BARRIERS - table_bytes(codec, copies)) // stage
     return Plan(codec, dtype, scale, shape, copies, holes if spread(codec, copies) else min(8, room), clusters)

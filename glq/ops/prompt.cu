@@ -138,9 +138,9 @@ __device__ __forceinline__ void request_run(const Work& work, const Codes& codes
 
 // ---- sums ----
 
-// Of fragments FROM … FROM + COUNT − 1: acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time.
+// Of fragments FROM … FROM + COUNT − 1: acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time, as much as there are registers for.
 template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
-  constexpr int AHEAD = 8;
+  constexpr int AHEAD = COUNT < 16 ? COUNT : 16;
   acc += 4 * FROM;
   #pragma unroll 1
   for (int run = first; run <= last; ++run) {
@@ -201,13 +201,18 @@ template <int FROM, int COUNT> __device__ __forceinline__ void put(const float* 
   if (whole) put<true, FROM, COUNT>(acc, out, by, row, token);
   else put<false, FROM, COUNT>(acc, out, by, row, token);
 }
-// What a warpgroup has of a tile, begun at unit `begin` of it, of which its cluster has those up to `end`.
-__device__ __forceinline__ void put_tile(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
+// What a warpgroup has of a tile that its run goes beyond, from unit `begin` of it on.
+__device__ __forceinline__ void put_tile(const float* acc, const Work& work, const Output& out, float* handed, int tile, int begin) {
+  constexpr int ALL = TOKENS / 8;
+  if (begin == 0) put<0, ALL>(acc, work, out, tile);
+  else hand_over_some<0, ALL>(acc, handed + (size_t)(own_run() * CLUSTER + own_rank()) * SLOT);
+}
+// Of the run's last tile, from unit `begin` up to `end` of it.
+__device__ __forceinline__ void put_last(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
   constexpr int ALL = TOKENS / 8, HALF = ALL / 2;
   const int run = own_run();
   handed += (size_t)own_rank() * SLOT;
   float* const slot = handed + (size_t)run * CLUSTER * SLOT;
-  if (begin == 0 && end == work.col_tiles) return put<0, ALL>(acc, work, out, tile);
   if (work.halves()) {
     if (begin == 0) {
       hand_over_some<HALF, HALF>(acc, slot);
@@ -221,7 +226,7 @@ __device__ __forceinline__ void put_tile(float* acc, const Work& work, const Out
     return;
   }
   if (begin > 0) return hand_over_some<0, ALL>(acc, slot);
-  add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
+  if (end < work.col_tiles) add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
   put<0, ALL>(acc, work, out, tile);
 }
 
@@ -244,34 +249,39 @@ struct Stream {
     if (unit + 1 == turn) find(unit + 1);
   }
 };
-// By the warps of both groups. While a unit's products run, the next one's pairs are looked up, and the codes of the one after that are under way. A product
-// begins as soon as the one four before it, which has the same registers, is done, so the other three keep the tensor cores busy.
+static constexpr int LOOKED_UP = TOKENS == 128 ? 4 : 2;  // steps ahead of their products, as many as there are registers for
+__device__ __forceinline__ void look_up_first(u32* found, const u32* taken, u32 copy) {
+  #pragma unroll
+  for (int s = 0; s < LOOKED_UP; ++s) look_up(found + 4 * s, taken, s, copy);
+}
+// By the warps of both groups. While a unit's products run, the next one's codes are taken apart and its first steps' values looked up, and the codes of the one after that are
+// under way. A product begins as soon as the one four before it, which has the same registers, is done, so the other three keep the tensor cores busy. Signs wait until then:
+// a register that products read is written by an instruction of its own.
 __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const u32* table, const Codes& codes, const Output& out, float* handed) {
   const int lane = keep(threadIdx.x % 32), part = uniform(threadIdx.x / 32) % 4, after = lane + 4;
   const u32 full = shared_address(memory) + BARRIERS_AT, empty = keep(full + 8 * STAGES), copy = keep(own_copy() | shared_address(memory) - TABLE_AT);
   const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1);
-  // Registers that products read are written by an instruction of their own after the wait, which the assembler cannot merge with the load
-  // of a pair, as it does not know that there are no bits to change. (It would be wrong then, or wait for each product.)
+  // Where there are no signs, that instruction changes no bits, which the assembler does not know. (It would merge it with the load of a pair, and be wrong, or wait for each product.)
   const u32 none = (u32)(out.rows >> 31);
-  u32 r[LANE_REGS], hashes[16], found[FOUND], a[16];
+  u32 r[LANE_REGS], taken[TAKEN_WORDS], found[4 * LOOKED_UP], a[16];
   Stream stream(codes, run_begin, lane);
   stream.load(r, run_begin);
   Filler<32 * WARPS>(table).fill(memory);
   sync_warps<32 * WARPS>();
   await_cluster();
-  take(hashes, r, part, after);
+  take(taken, r, part, after);
+  look_up_first(found, taken, copy);
   stream.load(r, run_begin + 1);
-  look_up(found, hashes, copy);
-  complete(found, hashes);
   wait_for_previous();
   int tile = run_begin / work.col_tiles, col = run_begin % work.col_tiles;
   Place place{0, 0};
   bool ready = false;
+  float acc[TOKENS / 2];
+  int unit = run_begin;
   #pragma unroll 1
-  for (int unit = run_begin; unit < end; ++tile, col = 0) {
-    const int begin = col, stop = min(end, unit + work.col_tiles - col);
-    if (begin == 0) out.request_scales(first_row(work, tile));
-    float acc[TOKENS / 2];
+  for (;; ++tile, col = 0) {
+    const int stop = min(end, unit + work.col_tiles - col);
+    if (col == 0) out.request_scales(first_row(work, tile));
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
     #pragma unroll 1
@@ -281,27 +291,30 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
       #pragma unroll
       for (int s = 0; s < 4; ++s) {
         await_products<3>();
-        settle<4>(found + 4 * s);
+        u32* const own = found + s % LOOKED_UP * 4;
+        settle<4>(own);
         #pragma unroll
-        for (int i = 4 * s; i < 4 * s + 4; ++i) a[i] = found[i] ^ none;
+        for (int i = 0; i < 4; ++i) a[4 * s + i] = complete(own[i], taken, 4 * s + i, none);
         begin_products();
         multiply(acc, a + 4 * s, describe(b, 16 * s));
         commit_products();
+        if (s + LOOKED_UP < 4) look_up(own, taken, s + LOOKED_UP, copy);
       }
       if (lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
       if (!BRANCHES) await(in_shared<u64>(full + 8 * place.stage), place.parity);  // it has come: but a loop, ahead of which the assembler puts nothing of what follows
       place.advance();
-      take(hashes, r, part, after);
-      look_up(found, hashes, copy);
+      take(taken, r, part, after);
+      look_up_first(found, taken, copy);
       stream.load(r, unit + 2);
       ready = has_come(in_shared<u64>(full + 8 * place.stage), place.parity);
-      complete(found, hashes);
     }
     await_products<0>();
     settle(acc);
-    if (unit == end && lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
-    put_tile(acc, work, out, handed, tile, begin, unit - tile * work.col_tiles);
+    if (unit == end) break;
+    put_tile(acc, work, out, handed, tile, col);
   }
+  if (lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
+  put_last(acc, work, out, handed, tile, col, end - tile * work.col_tiles);
 }
 
 // x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [grid][SLOT] EMPTY, which it is

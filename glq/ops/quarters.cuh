@@ -1,9 +1,9 @@
 // What a warp decodes of a unit in prompt.cu: of each tile of 64 × 64 the part-th 16 rows, 16 pairs a lane, as wgmma takes them from registers.
-// take: where they are in the table, or nearly; look_up; complete: what is still to be done with them. For trellis codes and factored E8 codes.
+// take: what says where they are in the table; look_up: the four pairs of a step; complete: signs that the table lacks. For trellis codes and factored E8 codes.
 
 #ifdef NESTED  // lattice.cuh
 // A warp has one half of each of its tile's words: an entry, or two, of two pairs.
-static constexpr int FOUND = SECOND ? 32 : 16;
+static constexpr int TAKEN_WORDS = SECOND ? 16 : 8;
 static constexpr bool BRANCHES = false;  // whether `take` begins with a branch
 // Where the entry of a word's half begins, of a table of four times 2^BITS, which begins at `first`.
 template <int BITS> __device__ __forceinline__ u32 place_of(u32 word, int half, u32 first) {
@@ -11,28 +11,29 @@ template <int BITS> __device__ __forceinline__ u32 place_of(u32 word, int half, 
   const u32 upper = word >> BITS, entry = half ? word : upper;
   return ((entry & MASK | upper & 3 << BITS) + first) * STRIDE;
 }
-__device__ __forceinline__ void take(u32* hashes, const u32* r, int part, int) {
+__device__ __forceinline__ void take(u32* places, const u32* r, int part, int) {
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const u32 word = word_of(r, i);
-    hashes[i] = place_of<FIRST>(word, part % 2, 0);
-    if (SECOND) hashes[8 + i] = place_of<SECOND>(word >> 2 + 2 * FIRST, part % 2, 4 << FIRST);
+    places[i] = place_of<FIRST>(word, part % 2, 0);
+    if (SECOND) places[8 + i] = place_of<SECOND>(word >> 2 + 2 * FIRST, part % 2, 4 << FIRST);
   }
 }
-__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
+__device__ __forceinline__ void look_up(u32* found, const u32* places, int s, u32 copy) {
   #pragma unroll
-  for (int i = 0; i < FOUND / 2; ++i) {
-    const uint2 two = load_shared8((hashes[i] | copy) + TABLE_AT);
+  for (int i = 0; i < 2; ++i) {
+    uint2 two = load_shared8((places[2 * s + i] | copy) + TABLE_AT);
+    if (SECOND) {
+      const uint2 more = load_shared8((places[2 * s + i + TAKEN_WORDS / 2] | copy) + TABLE_AT);
+      two.x = BF16 ? fma2_bf16(two.x, 0x3F803F80, more.x) : add2(two.x, more.x);
+      two.y = BF16 ? fma2_bf16(two.y, 0x3F803F80, more.y) : add2(two.y, more.y);
+    }
     found[2 * i] = two.x, found[2 * i + 1] = two.y;
   }
 }
-__device__ __forceinline__ void complete(u32* found, const u32*) {
-  #pragma unroll
-  for (int i = 0; i < 16; ++i)
-    if (SECOND) found[i] = BF16 ? fma2_bf16(found[i], 0x3F803F80, found[16 % FOUND + i]) : add2(found[i], found[16 % FOUND + i]);
-}
+__device__ __forceinline__ u32 complete(u32 pair, const u32*, int, u32 none) { return pair ^ none; }
 #else
-static constexpr int FOUND = 16;
+static constexpr int TAKEN_WORDS = 16;
 static constexpr bool BRANCHES = true;
 // Of the eight words that a lane has of a tile, the hashes of two pairs of the part-th 16 rows each. Only those of the last part, or two, go on in
 // the word after it in the strip, which lane `after` has.
@@ -84,13 +85,9 @@ __device__ __forceinline__ void take(u32* hashes, const u32* r, int part, int af
     hashes[i] = hash(TWICE ? prmt(w, 0, 0x1010) : w);
   }
 }
-__device__ __forceinline__ void look_up(u32* found, const u32* hashes, u32 copy) {
+__device__ __forceinline__ void look_up(u32* found, const u32* hashes, int s, u32 copy) {
   #pragma unroll
-  for (int i = 0; i < 16; ++i) found[i] = load_shared((place_of(hashes[i]) | copy) + TABLE_AT);
+  for (int i = 0; i < 4; ++i) found[i] = load_shared((place_of(hashes[4 * s + i]) | copy) + TABLE_AT);
 }
-// Signs that the table lacks.
-__device__ __forceinline__ void complete(u32* found, const u32* hashes) {
-  #pragma unroll
-  for (int i = 0; i < 16; ++i) if (APART) found[i] ^= hashes[i] & APART;
-}
+__device__ __forceinline__ u32 complete(u32 pair, const u32* hashes, int i, u32 none) { return pair ^ (APART ? hashes[i] & APART : none); }
 #endif
