@@ -9,13 +9,14 @@ from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
+from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
-MOST = 2048  # tokens
+MOST, _MOST_E8, _MOST_RESIDUAL = 4096, 2048, 1024  # tokens, of trellis codes and of others
 _SMALL = 1 << 25  # weights of a matrix
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _BARRIERS = 256  # bytes
@@ -66,7 +67,9 @@ class Plan:
 
 def most_tokens(codec: Codec) -> int:
     """Up to how many this is faster than dequantizing. Nested codes take longer to decode than their products."""
-    return 0 if isinstance(codec, NestedE8) else 1024 if isinstance(codec, ResidualE8) else MOST
+    if isinstance(codec, Trellis):
+        return MOST
+    return 0 if isinstance(codec, NestedE8) else _MOST_RESIDUAL if isinstance(codec, ResidualE8) else _MOST_E8
 
 
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan:

@@ -65,11 +65,26 @@ def _library(source, begin, resident, rank):
     if not library.exists():
         folder.mkdir(exist_ok=True)
         (folder / "kernels.cpp").write_text(text)
-        own = f"{os.getpid()}.so"  # other workers may build the same
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", own, "kernels.cpp"]
-        subprocess.run(command, cwd=folder, check=True)
-        (folder / own).rename(library)
+        _compile(folder, library.name, "-include", str(_system()), "-shared", "kernels.cpp")
     return ctypes.CDLL(str(library))
+
+
+def _compile(folder: Path, out: str, *arguments: str) -> None:
+    own = f"{os.getpid()}-{out}"  # other workers may build the same
+    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-o", own, *arguments], cwd=folder, check=True)
+    (folder / own).rename(folder / out)
+
+
+@cache
+def _system() -> Path:
+    """A header that g++ finds compiled beside it, which takes a third off each kernel."""
+    text = (HERE / "system.h").read_bytes()
+    folder = Path(tempfile.gettempdir()) / f"glq-emulator-system-{hashlib.sha256(text).hexdigest()[:16]}"
+    if not (folder / "system.h.gch").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "system.h").write_bytes(text)
+        _compile(folder, "system.h.gch", "-x", "c++-header", "system.h")
+    return folder / "system.h"
 
 
 def _entries(code: str) -> str:

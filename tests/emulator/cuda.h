@@ -1,19 +1,6 @@
 // A CUDA block on one CPU thread: fibers for threads, which change at barriers and at what a warp does together.
 // Stands for ops/ptx.cuh and for what nvrtc knows by itself. Blocks run one after the other, or RESIDENT at a time, which take
 // turns when all threads of one wait for what others hand over.
-#include <sched.h>
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
-
 #define __device__
 #define __global__
 #define __constant__ static
