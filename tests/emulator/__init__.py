@@ -82,7 +82,9 @@ def _system() -> Path:
     folder = Path(tempfile.gettempdir()) / f"glq-emulator-system-{hashlib.sha256(text).hexdigest()[:16]}"
     if not (folder / "system.h.gch").exists():
         folder.mkdir(exist_ok=True)
-        (folder / "system.h").write_bytes(text)
+        own = folder / f"{os.getpid()}.h"
+        own.write_bytes(text)
+        own.rename(folder / "system.h")
         _compile(folder, "system.h.gch", "-x", "c++-header", "system.h")
     return folder / "system.h"
 
