@@ -32,6 +32,8 @@ struct Work {
   }
   __device__ int begin(int run) const { return units * run / runs; }
   __device__ int owner(int unit) const { return ((unit + 1) * runs - 1) / units; }
+  // Whether no run is shorter than a tile. Then what is left of a run's last tile is the beginning of the next run, which had it long before.
+  __device__ bool long_runs() const { return units >= runs * col_tiles; }
   // Whether each tile is two runs, of which each adds up half of the tokens.
   __device__ bool halves() const { return 2 * units == runs * col_tiles; }
 };
@@ -161,6 +163,15 @@ template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc
   }
   __syncwarp();
 }
+// acc = what a cluster handed over long before, all of it on its way at once.
+__device__ __forceinline__ void take_up(float* acc, float* slot) {
+  constexpr int ALL = TOKENS / 8;
+  float4 v[ALL];
+  take_over(v, slot + place_in_slot(), 512);
+  #pragma unroll
+  for (int i = 0; i < ALL; ++i) acc[4 * i] = v[i].x, acc[4 * i + 1] = v[i].y, acc[4 * i + 2] = v[i].z, acc[4 * i + 3] = v[i].w;
+  __syncwarp();
+}
 // Of the same fragments: a warp's 16 rows of y, from `row` on, of a tile whose tokens are those from `token` on; by: the rows' scales. Fragments take turns in what a lane waits for.
 template <bool WHOLE, int FROM, int COUNT> __device__ __forceinline__ void put(const float* acc, const Output& out, float2 by, int row, int token) {
   constexpr int TOGETHER = 4;
@@ -226,7 +237,7 @@ __device__ __forceinline__ void put_last(float* acc, const Work& work, const Out
     return;
   }
   if (begin > 0) return hand_over_some<0, ALL>(acc, slot);
-  if (end < work.col_tiles) add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
+  if (end < work.col_tiles && !work.long_runs()) add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
   put<0, ALL>(acc, work, out, tile);
 }
 
@@ -282,8 +293,12 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   for (;; ++tile, col = 0) {
     const int stop = min(end, unit + work.col_tiles - col);
     if (col == 0) out.request_scales(first_row(work, tile));
-    #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+    if (col == 0 && stop < unit + work.col_tiles && work.long_runs()) take_up(acc, handed + (size_t)((own_run() + 1) * CLUSTER + own_rank()) * SLOT);
+    else {
+      #pragma unroll
+      for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
+    }
+    settle(acc);
     #pragma unroll 1
     for (; unit < stop; ++unit) {
       const u32 b = TABLE_AT + stage_at(place.stage);
