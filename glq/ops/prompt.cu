@@ -166,10 +166,20 @@ template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc
 // acc = what a cluster handed over long before, all of it on its way at once.
 __device__ __forceinline__ void take_up(float* acc, float* slot) {
   constexpr int ALL = TOKENS / 8;
-  float4 v[ALL];
-  take_over(v, slot + place_in_slot(), 512);
+  float* const from = slot + place_in_slot();
+  u32 most;
+  do {
+    #pragma unroll
+    for (int i = 0; i < ALL; ++i) {
+      const uint4 v = load_shared_by_gpu(from + 512 * i);
+      acc[4 * i] = __uint_as_float(v.x), acc[4 * i + 1] = __uint_as_float(v.y), acc[4 * i + 2] = __uint_as_float(v.z), acc[4 * i + 3] = __uint_as_float(v.w);
+    }
+    most = 0;
+    #pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) most = max(most, __float_as_uint(acc[i]));
+  } while (most == EMPTY);
   #pragma unroll
-  for (int i = 0; i < ALL; ++i) acc[4 * i] = v[i].x, acc[4 * i + 1] = v[i].y, acc[4 * i + 2] = v[i].z, acc[4 * i + 3] = v[i].w;
+  for (int i = 0; i < ALL; ++i) store_shared_by_gpu(from + 512 * i, EMPTY, EMPTY, EMPTY, EMPTY);
   __syncwarp();
 }
 // Of the same fragments: a warp's 16 rows of y, from `row` on, of a tile whose tokens are those from `token` on; by: the rows' scales. Fragments take turns in what a lane waits for.
@@ -205,21 +215,20 @@ template <bool WHOLE, int FROM, int COUNT> __device__ __forceinline__ void put(c
 // The first row of a tile that is a block's, and a warp's.
 __device__ __forceinline__ int block_row(const Work& work, int tile) { return (tile / work.token_blocks * CLUSTER + own_rank()) * ROWS; }
 __device__ __forceinline__ int first_row(const Work& work, int tile) { return block_row(work, tile) + threadIdx.x / 32 * 16; }
-template <int FROM, int COUNT> __device__ __forceinline__ void put(const float* acc, const Work& work, const Output& out, int tile) {
+template <int FROM, int COUNT> __device__ __forceinline__ void put(const float* acc, const Work& work, const Output& out, float2 by, int tile) {
   const int row = first_row(work, tile), token = tile % work.token_blocks * TOKENS;
-  const float2 by = out.scales(row);
   const bool whole = out.rows % 4 == 0 && block_row(work, tile) + ROWS <= out.rows;  // the same for all of a block
   if (whole) put<true, FROM, COUNT>(acc, out, by, row, token);
   else put<false, FROM, COUNT>(acc, out, by, row, token);
 }
 // What a warpgroup has of a tile that its run goes beyond, from unit `begin` of it on.
-__device__ __forceinline__ void put_tile(const float* acc, const Work& work, const Output& out, float* handed, int tile, int begin) {
+__device__ __forceinline__ void put_tile(const float* acc, const Work& work, const Output& out, float2 by, float* handed, int tile, int begin) {
   constexpr int ALL = TOKENS / 8;
-  if (begin == 0) put<0, ALL>(acc, work, out, tile);
+  if (begin == 0) put<0, ALL>(acc, work, out, by, tile);
   else hand_over_some<0, ALL>(acc, handed + (size_t)(own_run() * CLUSTER + own_rank()) * SLOT);
 }
 // Of the run's last tile, from unit `begin` up to `end` of it.
-__device__ __forceinline__ void put_last(float* acc, const Work& work, const Output& out, float* handed, int tile, int begin, int end) {
+__device__ __forceinline__ void put_last(float* acc, const Work& work, const Output& out, float2 by, float* handed, int tile, int begin, int end) {
   constexpr int ALL = TOKENS / 8, HALF = ALL / 2;
   const int run = own_run();
   handed += (size_t)own_rank() * SLOT;
@@ -228,17 +237,17 @@ __device__ __forceinline__ void put_last(float* acc, const Work& work, const Out
     if (begin == 0) {
       hand_over_some<HALF, HALF>(acc, slot);
       add_up<0, HALF>(acc, handed, run + 1, run + 1);
-      put<0, HALF>(acc, work, out, tile);
+      put<0, HALF>(acc, work, out, by, tile);
     } else {
       hand_over_some<0, HALF>(acc, slot);
       add_up<HALF, HALF>(acc, handed, run - 1, run - 1);
-      put<HALF, HALF>(acc, work, out, tile);
+      put<HALF, HALF>(acc, work, out, by, tile);
     }
     return;
   }
   if (begin > 0) return hand_over_some<0, ALL>(acc, slot);
   if (end < work.col_tiles && !work.long_runs()) add_up<0, ALL>(acc, handed, run + 1, work.owner((tile + 1) * work.col_tiles - 1));
-  put<0, ALL>(acc, work, out, tile);
+  put<0, ALL>(acc, work, out, by, tile);
 }
 
 // Where a warp's codes come from, unit by unit.
@@ -288,11 +297,12 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   Place place{0, 0};
   bool ready = false;
   float acc[TOKENS / 2];
+  float2 by;  // scales of the tile's rows, which would come from far at its end
   int unit = run_begin;
   #pragma unroll 1
   for (;; ++tile, col = 0) {
     const int stop = min(end, unit + work.col_tiles - col);
-    if (col == 0) out.request_scales(first_row(work, tile));
+    if (col == 0 || work.halves()) by = out.scales(first_row(work, tile));
     if (col == 0 && stop < unit + work.col_tiles && work.long_runs()) take_up(acc, handed + (size_t)((own_run() + 1) * CLUSTER + own_rank()) * SLOT);
     else {
       #pragma unroll
@@ -326,10 +336,10 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
     await_products<0>();
     settle(acc);
     if (unit == end) break;
-    put_tile(acc, work, out, handed, tile, col);
+    put_tile(acc, work, out, by, handed, tile, col);
   }
   if (lane < CLUSTER) arrive_in(lane, in_shared<u64>(empty + 8 * place.stage));
-  put_last(acc, work, out, handed, tile, col, end - tile * work.col_tiles);
+  put_last(acc, work, out, by, handed, tile, col, end - tile * work.col_tiles);
 }
 
 // x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [grid][SLOT] EMPTY, which it is

@@ -30,6 +30,9 @@ __device__ __forceinline__ uint2 load_shared8(u32 at) { return *(const uint2*)__
 // Not later than what follows.
 __device__ __forceinline__ void load_now(u32& v, const u32* p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p)); }
 __device__ __forceinline__ void load_now(uint2& v, const uint2* p) { asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); }
+__device__ __forceinline__ void load_now(uint4& v, const uint4* p) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+}
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {

@@ -15,16 +15,6 @@ __device__ __forceinline__ size_t place(int col, int token, int held, int tiles)
   return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
-// Eight columns of a token, the first of which is a multiple of eight. Not in FRAGMENTS.
-__device__ __forceinline__ void put_eight(u16* out, int col, int token, int held, int tiles, const u32* pairs) {
-  u16* const to = out + place(col, token, held, tiles);
-  if (LAYOUT == SWIZZLED) {
-    *(uint2*)to = make_uint2(pairs[0], pairs[1]);
-    *(uint2*)(out + place(col + 4, token, held, tiles)) = make_uint2(pairs[2], pairs[3]);
-  } else {
-    *(uint4*)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
-}
 // In FRAGMENTS four lanes, APART from each other, have eight columns each, 16 from one to the next: their t-th pairs make a chunk. They are transposed,
 // and the t-th lane puts the t-th of the chunks. half: of the first 16 columns, which eight.
 template <int APART> __device__ __forceinline__ void put_chunk(u16* out, int tile, int token, int held, int half, bool is, u32* pairs) {
@@ -146,37 +136,55 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
 // four lanes: x as it is in memory is an operand. Along the others a lane has all values: first of the 256 columns of a warp,
 // then, through shared memory, of all CHUNKS. A lane's column of a token, by bits from the lowest: 0, 3 and 4 are those of the lane's
 // group of four, 1 that of the register, 2 that of one of two products, 5 to 7 that of one of eight times 16 bytes.
-static constexpr int TOGETHER = 8;           // tokens
-static constexpr int EIGHTHS = 64, SLOTS = EIGHTHS * TOGETHER;  // of a chunk: four columns of a token, of the same bits but 1 and 2
+static constexpr int TOGETHER = 8;  // tokens
+// Then a lane has columns that make 16 bytes of the order in which they are wanted: all with the same bits but 0 and these two, which say which of four pairs.
+static constexpr int BY_ONE = LAYOUT == FRAGMENTS ? 4 : 1, BY_TWO = LAYOUT == FRAGMENTS ? 5 : LAYOUT == SWIZZLED ? 4 : 2;
+// Two columns lie together that differ in that of them along which a lane had both before; the other:
+static constexpr int TWO = LAYOUT == FRAGMENTS ? 5 : 1, OTHER = BY_ONE + BY_TWO - TWO;
+// What is left of a column's number in a tile: 3, and
+static constexpr int P = LAYOUT == FRAGMENTS ? 1 : LAYOUT == SWIZZLED ? 2 : 4, Q = LAYOUT == FRAGMENTS ? 2 : 5;
+static constexpr int SLOTS = 128 * TOGETHER;  // of a chunk, for two columns of a token each
 
-// Where in a chunk four columns of a token lie: lanes that read or write at once differ in token or in its lowest bit, so in banks.
-__device__ __forceinline__ int slot_of(int four, int token) { return four * TOGETHER + (token ^ four % 2); }
+// Where in a chunk they lie, so that lanes that write or read at once, 16 of them, have different banks: those that write differ in bits 0 and 3 of the column
+// and the upper two of the token, those that read in 3, P and Q and the middle one of the token. Bits of the sum of two numbers are those of both.
+__device__ __forceinline__ constexpr int slot_of(int col, int token) {
+  const int p = col >> P & 1, q = col >> Q & 1;
+  return (col >> 3 & 1) | token / 2 % 2 << 1 | (col & 1 ^ p) << 2 | (token / 4 ^ q) << 3 | p << 4 | q << 5 | token % 2 << 6 | (col >> OTHER & 1) << 7 | col / 64 << 8;
+}
 
 // GATHER: token i is row pairs[i] / each of x, or none (−1), up to blocks[0] times `tokens`.
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS, 16 / CHUNKS)
 rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const int* pairs, int each, int held, int cols, int tokens) {
-  extern __shared__ __align__(128) float4 fours[];  // [CHUNKS][SLOTS], then which of two columns change their sign, [WIDTH / 2]
+  extern __shared__ __align__(128) float2 twos[];  // [CHUNKS][SLOTS], then which of two columns change their sign, [WIDTH / 2]
   let_next_start();
-  u32* const negative = (u32*)(fours + CHUNKS * SLOTS);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, start = blockIdx.y * WIDTH;
-  for (int i = threadIdx.x; i < WIDTH / 2; i += 32 * CHUNKS) {
-    const u32 bits = signs[(start + 2 * i) / 8] >> (2 * i % 8);
-    negative[i] = (bits & 1) << 15 | (bits & 2) << 30;
-  }
+  u32* const negative = (u32*)(twos + CHUNKS * SLOTS);
+  const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), g = lane / 4, t = lane % 4, start = blockIdx.y * WIDTH;
+  u32 bits[4];  // on their way while x is
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) bits[i] = signs[(start + 256 * warp + 64 * i) / 8 + lane / 4];
   u32 hadamard16[4];
   sylvester16(hadamard16, lane, ONES);
   uint4 raw[8];
   auto request = [&](int first) {
     int row = first + g < tokens ? first + g : -1;
     if (GATHER && row >= 0) row = pairs[row] < 0 ? -1 : pairs[row] / each;
-    const uint4* const from = (const uint4*)(x + (size_t)row * cols + start + 256 * warp + 8 * t);
+    const uint4* from = (const uint4*)(x + (size_t)row * cols + start + 256 * warp + 8 * t);
+    hold(from);
     #pragma unroll
-    for (int q = 0; q < 8; ++q) raw[q] = row >= 0 ? from[4 * q] : make_uint4(0, 0, 0, 0);
+    for (int q = 0; q < 8; ++q) {
+      raw[q] = make_uint4(0, 0, 0, 0);
+      if (row >= 0) load_now(raw[q], from + 4 * q);
+    }
   };
   wait_for_previous();
   if (GATHER) tokens *= blocks[0];
   request(blockIdx.x * TOGETHER);
-  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u32 two = bits[i] >> 2 * lane % 8;
+    negative[128 * warp + 32 * i + lane] = (two & 1) << 15 | (two & 2) << 30;
+  }
+  __syncwarp();
   #pragma unroll 1
   for (int first = blockIdx.x * TOGETHER; first < tokens; first += gridDim.x * TOGETHER) {
     float v[4][16] = {};  // of bit 1, and the lower of two tokens or the other; bits 2, 5, 6, 7
@@ -194,36 +202,38 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     request(first + gridDim.x * TOGETHER);
     #pragma unroll
     for (int e = 0; e < 4; ++e) hadamard<16>(v[e]);
+    float2* const own = twos + warp * SLOTS;
+    const int written = slot_of(g % 2 | g / 2 << 3, 2 * t);
     #pragma unroll
-    for (int q = 0; q < 8; ++q)
-      #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        fours[warp * SLOTS + slot_of(8 * q + g, 2 * t + e)] = make_float4(v[e][2 * q], v[2 + e][2 * q], v[e][2 * q + 1], v[2 + e][2 * q + 1]);
+    for (int i = 0; i < 32; ++i) {  // all columns of a lane's that have no TWO, of both tokens
+      const int e = i % 2, col = TWO == 5 ? i / 2 % 4 << 1 | i / 8 << 6 : i / 2 % 2 << 2 | i / 4 << 5, slot = slot_of(col, e);
+      auto value = [&](int col) { return v[col / 2 % 2 * 2 + e][col / 32 * 2 + col / 4 % 2]; };
+      own[(written ^ slot % 16) + slot / 16 * 16] = make_float2(value(col), value(col | 1 << TWO));
+    }
     __syncthreads();
     #pragma unroll 1
-    for (int i = threadIdx.x; i < 256; i += 32 * CHUNKS) {
-      const int token = i % TOGETHER, eight = LAYOUT == FRAGMENTS ? i / 64 * 8 + i / 32 % 2 + i / 8 % 4 * 2 : i / TOGETHER;  // columns
-      const bool is = first + token < tokens && !(GATHER && pairs[first + token] < 0);
-      if (LAYOUT != FRAGMENTS && !is) continue;
+    for (int i = warp; i < TOGETHER; i += CHUNKS) {
+      const int col = lane % 2 << P | lane / 2 % 2 << Q | lane / 4 % 2 << 3 | i % 4 << 6, token = i / 4 | lane / 8 << 1, at = slot_of(col, token);
+      if (first + token >= tokens || GATHER && pairs[first + token] < 0) continue;
       float w[2][4][CHUNKS];
       #pragma unroll
-      for (int e = 0; e < 2; ++e) {
+      for (int c = 0; c < CHUNKS; ++c)
         #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c) {
-          const float4 four = fours[c * SLOTS + slot_of(2 * eight + e, token)];
-          w[e][0][c] = four.x, w[e][1][c] = four.y, w[e][2][c] = four.z, w[e][3][c] = four.w;
+        for (int j = 0; j < 4; ++j) {
+          const float2 two = twos[c * SLOTS + (at ^ slot_of(j % 2, 0)) + slot_of(j / 2 << OTHER, 0)];
+          const int other = j / 2 << (OTHER == BY_TWO);
+          w[j % 2][other][c] = two.x, w[j % 2][other | 1 << (TWO == BY_TWO)][c] = two.y;
         }
-        #pragma unroll
-        for (int j = 0; j < 4; ++j) across<CHUNKS>(w[e][j]);
-      }
       #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) {
-        u32 two[4];
+      for (int j = 0; j < 8; ++j) across<CHUNKS>(w[j / 4][j % 4]);
+      u16* to = out + place(start + col, first + token, held, cols / 64);
+      const size_t step = place(256, 0, held, cols / 64);
+      #pragma unroll
+      for (int c = 0; c < CHUNKS; ++c, to += step) {
+        u32 four[4];
         #pragma unroll
-        for (int j = 0; j < 4; ++j) two[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
-        const int col = start + 256 * c + 8 * eight;
-        if (LAYOUT == FRAGMENTS) put_chunk<8>(out, col / 64, first + token, held, eight % 2, is, two);
-        else put_eight(out, col, first + token, held, cols / 64, two);
+        for (int j = 0; j < 4; ++j) four[j] = pack16(w[0][j][c] * norm(), w[1][j][c] * norm());
+        *(uint4*)to = make_uint4(four[0], four[1], four[2], four[3]);
       }
     }
     __syncthreads();
