@@ -265,7 +265,7 @@ class _Products:
 def _product(x: Tensor, rows: int) -> Tensor:
     """y [..., rows], and memory that glq::matmul holds on the way: x rotated; with many tokens, weights in 16 bits.
 
-    As on any GPU but Hopper, which has kernels of its own for up to 2,048 tokens and holds less.
+    As on any GPU but Hopper, which has kernels of its own for up to 4,096 tokens and holds less.
     """
     tokens, cols = x.numel() // x.shape[-1], x.shape[-1]
     own_basis = tokens > DECODED and tokens >= own_basis_tokens(rows) and unrotates(block_width(cols))

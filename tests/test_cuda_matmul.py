@@ -221,9 +221,10 @@ def test_products_of_warpgroups_keep_their_pipeline():
 
 
 def test_prompt_fills_the_gpu():
-    for tokens, rows, cols in product((65, 128, 200, 512, 2000), (1024, 4096, 14336), (4096, 14336)):
-        matrix = Matrix("trellis-4", torch.float16, rows, cols, 0)
-        assert cuda_prompt.make_plan(tokens, torch.float16, matrix, 132).clusters >= 60
+    for tokens, rows, cols in product((65, 128, 200, 512, 2000, 2048), (1024, 4096, 14336), (4096, 14336)):
+        plan = cuda_prompt.make_plan(tokens, torch.float16, Matrix("trellis-4", torch.float16, rows, cols, 0), 132)
+        assert plan.clusters >= 60
+        assert tokens < 2048 or rows < 4096 or plan.tiles(tokens, rows) % plan.clusters == 0
 
 
 @emulated

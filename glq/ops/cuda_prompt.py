@@ -9,14 +9,13 @@ from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
-from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
-MOST, _MOST_E8, _MOST_RESIDUAL = 4096, 2048, 1024  # tokens, of trellis codes and of others
+MOST, _MOST_RESIDUAL = 4096, 1024  # tokens, with one look-up a pair and with two
 _SMALL = 1 << 25  # weights of a matrix
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _BARRIERS = 256  # bytes
@@ -67,9 +66,7 @@ class Plan:
 
 def most_tokens(codec: Codec) -> int:
     """Up to how many this is faster than dequantizing. Nested codes take longer to decode than their products."""
-    if isinstance(codec, Trellis):
-        return MOST
-    return 0 if isinstance(codec, NestedE8) else _MOST_RESIDUAL if isinstance(codec, ResidualE8) else _MOST_E8
+    return 0 if isinstance(codec, NestedE8) else _MOST_RESIDUAL if isinstance(codec, ResidualE8) else MOST
 
 
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan:
@@ -88,10 +85,17 @@ def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clu
 
 
 def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) -> Plan:
-    """The same, with as many clusters as the GPU runs at a time, or tiles cut into equal parts if nearly as many."""
+    """The same, with as many clusters as the GPU runs at a time.
+
+    With nearly as many, if each then has whole tiles, or an equal part of one: nothing is handed over that is not
+    needed, and those that have the same tokens read the same part of x at the same time.
+    """
     clusters = max(1, multiprocessors // plan.shape.cluster)
     tiles, col_tiles = plan.tiles(tokens, matrix.rows), matrix.tiles[1]
-    even = min(clusters // tiles, col_tiles) * tiles
+    turns = -(-tiles // clusters)
+    even = tiles // turns if tiles % turns == 0 else 0
+    if turns == 1:
+        even = min(clusters // tiles, col_tiles) * tiles
     return replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
 
 

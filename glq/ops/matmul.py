@@ -25,7 +25,9 @@ from glq.rotation import rotate
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
 MANY = cuda_prompt.MOST + 1  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
-_MANY_IN_OWN_BASIS = 1792  # … and where that is made in the model's basis, so that x is not rotated
+_MANY_IN_OWN_BASIS = (
+    1792  # … and where that is made in the model's basis, so that x is not rotated; or more than half of the rows
+)
 # One for each kernel; what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without.
 _TRELLISES = {"trellis-2": (1, _FEW, _FEW + 1, 129, 257, MANY), "trellis-4": (129, 257)}
 _LATTICE = (1, _FEW, _FEW + 1, DECODED + 1, 129, 257, MANY)
@@ -160,7 +162,7 @@ def product_for(
     """By the kernel that is fastest for so many tokens. Kept: a model's steps make hundreds of products, all alike."""
     most = _most_tokens(matrix.codec, gpu)
     if cuda_dequantize.in_own_basis(matrix.codec, matrix.rows, matrix.block, tokens):
-        most = min(most, _MANY_IN_OWN_BASIS - 1)
+        most = min(most, _many_in_own_basis(matrix.rows) - 1)
     dequantized = tokens > most
     if kind != PLAIN and (dequantized or not makes_input(matrix.codec, tokens, matrix.block, gpu)):
         multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
@@ -186,8 +188,13 @@ def product_for(
     return cuda_prompt.make_product(cuda_prompt.make_plan(tokens, dtype, matrix, gpu.multiprocessors), *given)
 
 
-def kernel_tokens(out_features: int) -> list[int]:
+def _many_in_own_basis(out_features: int) -> int:
+    return max(_MANY_IN_OWN_BASIS, out_features // 2 + 1)
+
+
+def kernel_tokens(codec: str, out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
-    many = cuda_dequantize.own_basis_tokens(out_features)
     few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    return sorted(few | {DECODED + 1, cuda_batch.MOST + 1, cuda_rotate.FEW + 1, MANY, max(_MANY_IN_OWN_BASIS, many)})
+    many = cuda_prompt.most_tokens(get_codec(codec)) + 1
+    own_basis = max(_many_in_own_basis(out_features), cuda_dequantize.own_basis_tokens(out_features))
+    return sorted(few | {DECODED + 1, cuda_batch.MOST + 1, cuda_rotate.FEW + 1, many, own_basis})

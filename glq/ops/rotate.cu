@@ -212,7 +212,7 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     }
     __syncthreads();
     #pragma unroll 1
-    for (int i = warp; i < TOGETHER; i += CHUNKS) {
+    for (int i = warp; i < 8; i += CHUNKS) {  // which tile of a chunk, and whether odd tokens
       const int col = lane % 2 << P | lane / 2 % 2 << Q | lane / 4 % 2 << 3 | i % 4 << 6, token = i / 4 | lane / 8 << 1, at = slot_of(col, token);
       if (first + token >= tokens || GATHER && pairs[first + token] < 0) continue;
       float w[2][4][CHUNKS];
