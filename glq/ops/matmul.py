@@ -196,5 +196,5 @@ def kernel_tokens(codec: str, out_features: int) -> list[int]:
     """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
     many = cuda_prompt.most_tokens(get_codec(codec)) + 1
-    own_basis = max(_many_in_own_basis(out_features), cuda_dequantize.own_basis_tokens(out_features))
+    own_basis = max(cuda_dequantize.own_basis_tokens(out_features), min(many, _many_in_own_basis(out_features)))
     return sorted(few | {DECODED + 1, cuda_batch.MOST + 1, cuda_rotate.FEW + 1, many, own_basis})

@@ -5,7 +5,8 @@
 // bring x, which comes rotated, for each other: each a share of a unit, to all. It goes through a ring of STAGES units, which one thread fills.
 // Units, tile after tile, are cut into as many equal runs as there are clusters. Where several have units of one tile, the one with its
 // first unit adds up what they have (exchange.cuh), always in the same order. The first clusters have the last runs: so each hands over
-// what is needed elsewhere before anything else, and a tile whose sums come from others, which are clusters before it, is its last.
+// what is needed elsewhere before anything else, and a tile whose sums come from others, which are clusters before it, is its last. Where
+// no run is shorter than a tile, they have long been there when it begins, and are what its sums begin with.
 // Where each tile is two runs, each of the two clusters adds up half of the tokens, so each waits for the other: they are neighbours, and the GPU
 // starts clusters in order, so of a kernel one cluster at most waits for one that has not started.
 // No block ends while another may still send to it: it waits for all x, and for every arrival that it gets, as it gets none that nobody waits for.
@@ -32,8 +33,13 @@ struct Work {
   }
   __device__ int begin(int run) const { return units * run / runs; }
   __device__ int owner(int unit) const { return ((unit + 1) * runs - 1) / units; }
-  // Whether no run is shorter than a tile. Then what is left of a run's last tile is the beginning of the next run, which had it long before.
+  // Whether no run is shorter than a tile.
   __device__ bool long_runs() const { return units >= runs * col_tiles; }
+  // Then the unit with which a run's last tile begins, if the rest of it is what the next run began with; else −1.
+  __device__ int taken_up(int run) const {
+    const int end = begin(run + 1), own = end % col_tiles;
+    return long_runs() && own ? end - own : -1;
+  }
   // Whether each tile is two runs, of which each adds up half of the tokens.
   __device__ bool halves() const { return 2 * units == runs * col_tiles; }
 };
@@ -140,13 +146,16 @@ __device__ __forceinline__ void request_run(const Work& work, const Codes& codes
 
 // ---- sums ----
 
+// Where a block of the run with that number hands over the sums of a tile.
+__device__ __forceinline__ float* slot_of(float* handed, int run) { return handed + (size_t)(run * CLUSTER + own_rank()) * SLOT; }
+
 // Of fragments FROM … FROM + COUNT − 1: acc += what other clusters hand over, of the runs from `first` to `last`. AHEAD fragments are on their way at any time, as much as there are registers for.
 template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc, float* handed, int first, int last) {
   constexpr int AHEAD = COUNT < 16 ? COUNT : 16;
   acc += 4 * FROM;
   #pragma unroll 1
   for (int run = first; run <= last; ++run) {
-    float* const from = handed + (size_t)run * CLUSTER * SLOT + place_in_slot() + 512 * FROM;
+    float* const from = slot_of(handed, run) + place_in_slot() + 512 * FROM;
     while (!is_there(load_shared_by_gpu(from + 512 * (COUNT - 1))));  // the others have come then, or nearly
     uint4 v[AHEAD];
     #pragma unroll
@@ -225,14 +234,13 @@ template <int FROM, int COUNT> __device__ __forceinline__ void put(const float* 
 __device__ __forceinline__ void put_tile(const float* acc, const Work& work, const Output& out, float2 by, float* handed, int tile, int begin) {
   constexpr int ALL = TOKENS / 8;
   if (begin == 0) put<0, ALL>(acc, work, out, by, tile);
-  else hand_over_some<0, ALL>(acc, handed + (size_t)(own_run() * CLUSTER + own_rank()) * SLOT);
+  else hand_over_some<0, ALL>(acc, slot_of(handed, own_run()));
 }
 // Of the run's last tile, from unit `begin` up to `end` of it.
 __device__ __forceinline__ void put_last(float* acc, const Work& work, const Output& out, float2 by, float* handed, int tile, int begin, int end) {
   constexpr int ALL = TOKENS / 8, HALF = ALL / 2;
   const int run = own_run();
-  handed += (size_t)own_rank() * SLOT;
-  float* const slot = handed + (size_t)run * CLUSTER * SLOT;
+  float* const slot = slot_of(handed, run);
   if (work.halves()) {
     if (begin == 0) {
       hand_over_some<HALF, HALF>(acc, slot);
@@ -280,7 +288,7 @@ __device__ __forceinline__ void look_up_first(u32* found, const u32* taken, u32 
 __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const u32* table, const Codes& codes, const Output& out, float* handed) {
   const int lane = keep(threadIdx.x % 32), part = uniform(threadIdx.x / 32) % 4, after = lane + 4;
   const u32 full = shared_address(memory) + BARRIERS_AT, empty = keep(full + 8 * STAGES), copy = keep(own_copy() | shared_address(memory) - TABLE_AT);
-  const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1);
+  const int run_begin = work.begin(own_run()), end = work.begin(own_run() + 1), taken_up = work.taken_up(own_run());
   // Where there are no signs, that instruction changes no bits, which the assembler does not know. (It would merge it with the load of a pair, and be wrong, or wait for each product.)
   const u32 none = (u32)(out.rows >> 31);
   u32 r[LANE_REGS], taken[TAKEN_WORDS], found[4 * LOOKED_UP], a[16];
@@ -303,7 +311,7 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
   for (;; ++tile, col = 0) {
     const int stop = min(end, unit + work.col_tiles - col);
     if (col == 0 || work.halves()) by = out.scales(first_row(work, tile));
-    if (col == 0 && stop < unit + work.col_tiles && work.long_runs()) take_up(acc, handed + (size_t)((own_run() + 1) * CLUSTER + own_rank()) * SLOT);
+    if (unit == taken_up) take_up(acc, slot_of(handed, own_run() + 1));
     else {
       #pragma unroll
       for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0;
@@ -349,7 +357,6 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
-  const Work work(row_tiles, col_tiles, padded / TOKENS);
   Barriers* const barriers = (Barriers*)(memory + BARRIERS_AT);
   const bool brings = threadIdx.x == 32 * WARPS;
   if (brings) {
@@ -361,9 +368,10 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
   }
   __syncwarp();
   arrive_at_cluster();
-  auto codes_of = [&](int own) { return Codes{codes, TALL == 1 ? row_tiles : (rows + 31) / 32, col_tiles, work.token_blocks, own_rank() * TILES_OF_CODES + own}; };
+  auto codes_of = [&](int own) { return Codes{codes, TALL == 1 ? row_tiles : (rows + 31) / 32, col_tiles, padded / TOKENS, own_rank() * TILES_OF_CODES + own}; };
   if (threadIdx.x >= 32 * WARPS) {
     leave_registers<LEFT>();
+    const Work work(row_tiles, col_tiles, padded / TOKENS);  // here and below: what it computes need not be kept until then
     await_cluster();
     if (brings) bring_run(work, memory, barriers, x, padded);
     const int helper = threadIdx.x - 32 * (WARPS + 1);
@@ -371,6 +379,7 @@ prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* 
     return;
   }
   take_registers<TAKEN>();
+  const Work work(row_tiles, col_tiles, padded / TOKENS);
   const int warp = uniform(threadIdx.x / 32);
   multiply_run(work, memory, table, codes_of(warp / 4 * TALL + warp % 4 * TALL / 4), Output{y, scale, tokens, rows}, handed);
 }
