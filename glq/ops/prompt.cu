@@ -172,7 +172,8 @@ template <int FROM, int COUNT> __device__ __forceinline__ void add_up(float* acc
   }
   __syncwarp();
 }
-// acc = what a cluster handed over long before, all of it on its way at once.
+// acc = what a cluster handed over long before, all of it on its way at once, to the sums' own registers: if it is copied there afterwards, as take_over would
+// have it, the assembler makes each product wait for the one before.
 __device__ __forceinline__ void take_up(float* acc, float* slot) {
   constexpr int ALL = TOKENS / 8;
   float* const from = slot + place_in_slot();
