@@ -92,10 +92,11 @@ def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) ->
     """
     clusters = max(1, multiprocessors // plan.shape.cluster)
     tiles, col_tiles = plan.tiles(tokens, matrix.rows), matrix.tiles[1]
-    turns = -(-tiles // clusters)
-    even = tiles // turns if tiles % turns == 0 else 0
-    if turns == 1:
+    if tiles <= clusters:
         even = min(clusters // tiles, col_tiles) * tiles
+    else:
+        turns = -(-tiles // clusters)
+        even = tiles // turns if tiles % turns == 0 else 0
     return replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
 
 

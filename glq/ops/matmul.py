@@ -25,9 +25,7 @@ from glq.rotation import rotate
 _FEW = 16  # tokens up to which mma.sync is faster than Hopper's wgmma
 DECODED = 64  # tokens up to which it is taken elsewhere; beyond, matrices are dequantized there
 MANY = cuda_prompt.MOST + 1  # tokens from which cuBLAS with a dequantized matrix is faster than Hopper's kernels …
-_MANY_IN_OWN_BASIS = (
-    1792  # … and where that is made in the model's basis, so that x is not rotated; or more than half of the rows
-)
+_MANY_IN_OWN_BASIS = 1792  # … and, beyond half of the rows, where that is made in the model's basis
 # One for each kernel; what prompt.cu computes hangs on how the assembler takes it, for tables with signs and without.
 _TRELLISES = {"trellis-2": (1, _FEW, _FEW + 1, 129, 257, MANY), "trellis-4": (129, 257)}
 _LATTICE = (1, _FEW, _FEW + 1, DECODED + 1, 129, 257, MANY)

@@ -15,20 +15,20 @@ __device__ __forceinline__ size_t place(int col, int token, int held, int tiles)
   return ((size_t)(col / 64) * held + token) * 64 + (at ^ token % 8 * 8);
 }
 
-// In FRAGMENTS four lanes, APART from each other, have eight columns each, 16 from one to the next: their t-th pairs make a chunk. They are transposed,
+// In FRAGMENTS four lanes, every second of eight, have eight columns each, 16 from one to the next: their t-th pairs make a chunk. They are transposed,
 // and the t-th lane puts the t-th of the chunks. half: of the first 16 columns, which eight.
-template <int APART> __device__ __forceinline__ void put_chunk(u16* out, int tile, int token, int held, int half, bool is, u32* pairs) {
-  const int lane = threadIdx.x % 32, t = lane / APART % 4;
+__device__ __forceinline__ void put_chunk(u16* out, int tile, int token, int held, int half, u32* pairs) {
+  const int lane = threadIdx.x % 32, t = lane / 2 % 4;
   #pragma unroll
   for (int d = 1; d < 4; d *= 2)
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i & d) continue;
-      const u32 got = __shfl_sync(~0u, t & d ? pairs[i] : pairs[i + d], lane ^ APART * d);
+      const u32 got = __shfl_sync(~0u, t & d ? pairs[i] : pairs[i + d], lane ^ 2 * d);
       if (t & d) pairs[i] = got;
       else pairs[i + d] = got;
     }
-  if (is) *(uint4*)(out + ((size_t)tile * held + token) * 64 + (half * 4 + t ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  *(uint4*)(out + ((size_t)tile * held + token) * 64 + (half * 4 + t ^ token % 8) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 // x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
@@ -126,7 +126,7 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
   u16* const to = out + ((size_t)(col / 64) * held + token) * 64 + (chunk ^ token % 8) * 8;
   *(uint4*)to = late ? make_uint4(first, second, pairs[2], pairs[3]) : make_uint4(pairs[0], pairs[1], first, second);
 #elif LAYOUT == 2
-  put_chunk<2>(out, col / 64, token, held, lane % 2, true, pairs);
+  put_chunk(out, col / 64, token, held, lane % 2, pairs);
 #else
   *(uint4*)(out + place(col, token, held, cols / 64)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #endif
