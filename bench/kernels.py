@@ -83,7 +83,8 @@ def time_in_turns(sets: list[list[Callable[[], Tensor]]], rounds: int = 7) -> li
     """Median µs of one call of each set, which take turns for equally long, after equal rests."""
     graphs = [make_graph(calls) for calls in sets]
     once = [replay(graph, 3) for graph in graphs]
-    times = [max(2, round(max(_TURN, 2 * max(once)) / us)) for us in once]
+    turn = max(_TURN, 2 * max(once))
+    times = [round(turn / us) for us in once]
     found: list[list[float]] = [[] for _ in sets]
     for _ in range(rounds):
         for graph, count, us in zip(graphs, times, found, strict=True):

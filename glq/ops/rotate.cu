@@ -137,10 +137,9 @@ rotate_chunks(const u16* x, const u16* other, const u16* weight, u16* total, con
 // then, through shared memory, of all CHUNKS. A lane's column of a token, by bits from the lowest: 0, 3 and 4 are those of the lane's
 // group of four, 1 that of the register, 2 that of one of two products, 5 to 7 that of one of eight times 16 bytes.
 static constexpr int TOGETHER = 8;  // tokens
-// Then a lane has columns that make 16 bytes of the order in which they are wanted: all with the same bits but 0 and these two, which say which of four pairs.
-static constexpr int BY_ONE = LAYOUT == FRAGMENTS ? 4 : 1, BY_TWO = LAYOUT == FRAGMENTS ? 5 : LAYOUT == SWIZZLED ? 4 : 2;
-// Two columns lie together that differ in that of them along which a lane had both before; the other:
-static constexpr int TWO = LAYOUT == FRAGMENTS ? 5 : 1, OTHER = BY_ONE + BY_TWO - TWO;
+// Then a lane has columns that make 16 bytes of the order in which they are wanted: all with the same bits but 0 and these two, the higher of which says which two
+// of four pairs. Two columns lie together that differ in TWO, along which a lane had both before.
+static constexpr int TWO = LAYOUT == FRAGMENTS ? 5 : 1, OTHER = LAYOUT == FRAGMENTS || LAYOUT == SWIZZLED ? 4 : 2;
 // What is left of a column's number in a tile: 3, and
 static constexpr int P = LAYOUT == FRAGMENTS ? 1 : LAYOUT == SWIZZLED ? 2 : 4, Q = LAYOUT == FRAGMENTS ? 2 : 5;
 static constexpr int SLOTS = 128 * TOGETHER;  // of a chunk, for two columns of a token each
@@ -221,8 +220,8 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
         #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float2 two = twos[c * SLOTS + (at ^ slot_of(j % 2, 0)) + slot_of(j / 2 << OTHER, 0)];
-          const int other = j / 2 << (OTHER == BY_TWO);
-          w[j % 2][other][c] = two.x, w[j % 2][other | 1 << (TWO == BY_TWO)][c] = two.y;
+          const int other = j / 2 << (OTHER > TWO);
+          w[j % 2][other][c] = two.x, w[j % 2][other | 1 << (TWO > OTHER)][c] = two.y;
         }
       #pragma unroll
       for (int j = 0; j < 8; ++j) across<CHUNKS>(w[j / 4][j % 4]);
