@@ -13,7 +13,7 @@ from emulator import Emulator
 from glq import nvrtc
 from glq.codecs import CODECS
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, max_tokens
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
@@ -21,7 +21,7 @@ from glq.ops.inputs import NORM, PLAIN, SILU, plain
 from glq.ops.matmul import MANY, matmul_reference
 from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
-from glq.rotation import rotate
+from glq.rotation import block_width, rotate
 
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -202,7 +202,7 @@ def test_prompt_shares_tiles(clusters):
 @pytest.mark.parametrize("cols", [64, 200, 14336])
 @pytest.mark.parametrize("multiprocessors", [1, 78, 132])
 def test_every_cluster_of_prompt_has_a_unit(tokens, rows, cols, multiprocessors):
-    matrix = Matrix("trellis-4", torch.float16, rows, cols, 0)
+    matrix = Matrix("trellis-4", torch.float16, rows, cols, block_width(cols))
     plan = cuda_prompt.make_plan(tokens, torch.float16, matrix, multiprocessors)
     assert plan.shape in PROMPT_SHAPES
     assert 1 <= plan.clusters <= max(1, multiprocessors // 2)
@@ -222,7 +222,8 @@ def test_products_of_warpgroups_keep_their_pipeline():
 
 def test_prompt_fills_the_gpu():
     for tokens, rows, cols in product((65, 128, 200, 512, 2000, 2048), (1024, 4096, 14336), (4096, 14336)):
-        plan = cuda_prompt.make_plan(tokens, torch.float16, Matrix("trellis-4", torch.float16, rows, cols, 0), 132)
+        matrix = Matrix("trellis-4", torch.float16, rows, cols, block_width(cols))
+        plan = cuda_prompt.make_plan(tokens, torch.float16, matrix, 132)
         assert plan.clusters >= 60
         assert tokens < 2048 or rows < 4096 or plan.tiles(tokens, rows) % plan.clusters == 0
 
@@ -290,9 +291,7 @@ def test_unrotate_fits_every_architecture(arch):
 @emulated
 @pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
-@pytest.mark.parametrize("few", [0, 256])
-def test_rotation(block, layout, few, monkeypatch):
-    monkeypatch.setattr(cuda_rotate, "FEW", few)
+def test_rotation(block, layout):
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
     tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1))[:, :11].float()

@@ -11,10 +11,9 @@ from glq.ops.inputs import PLAIN, Input, plain
 from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
-FEW = 256  # tokens that rotate_chunks is for
-MADE = 2048  # … and of an x that is made on the way, since rotate_many takes no other than a plain one
-_TOGETHER = 8  # tokens of a block of threads at once, where there are more
-_CHUNK = 256 * (4 * _TOGETHER + 2)  # bytes of shared memory for 256 columns of them, and their signs
+MADE = 2048  # tokens of an x that a rotation makes on the way; with more, making it first is as fast
+ROW_THREADS = 128  # of a block of threads whose warps have a token each …
+ROWS_SOURCE = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation", "rows"))  # … and its code
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class Rotation:
     def __call__(self, x: Input, signs: Tensor) -> Tensor:
         out = x.first.new_empty(self.out)
         given: tuple[Tensor | int, ...]
-        if self.name == "rotate_chunks":
+        if self.name == "rotate_made":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
             given = (x.first, signs, hartley(self.odd, torch.float32, x.device), out)
@@ -57,9 +56,11 @@ def rotate_pairs(
     blocks [1 + most] and slots [tokens · most] int32, as route.cu writes them; what is beyond, or −1, is not read.
     """
     tiles, most = x.new_empty(x.shape[1] // 64, len(slots), 64), len(blocks) - 1
-    source, grid, shared = _source(x.dtype, PLAIN, block, SWIZZLED, True), *_spread(len(slots), x.shape[1], block, gpu)
+    source = _source(x.dtype, PLAIN, block, SWIZZLED, True)
+    grid = grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
+    tensors = (plain(x).first, signs, tiles, blocks, slots)
     sizes = (each, len(slots), x.shape[1], len(slots) // most)
-    gpu.launch(source, "rotate_many", grid, block // 8, shared, plain(x).first, signs, tiles, blocks, slots, *sizes)
+    gpu.launch(source, "rotate_many", grid, ROW_THREADS, 0, *tensors, *sizes)
     return tiles
 
 
@@ -88,29 +89,31 @@ def rotation(
         odd = odd_part(block)
         sizes: tuple[int | None, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
-    if tokens <= FEW or kind != PLAIN:
+    if kind != PLAIN:
         sizes = (held, in_features)
-        return Rotation(source, "rotate_chunks", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
+        return Rotation(source, "rotate_made", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
     sizes = (None, None, 1, held, in_features, tokens)
-    grid, shared = _spread(tokens, in_features, block, gpu)
-    return Rotation(source, "rotate_many", grid, block // 8, shared, out, sizes, 0, gpu)
+    grid = grid_of_rows(tokens, blocks, block, gpu)
+    return Rotation(source, "rotate_many", grid, ROW_THREADS, 0, out, sizes, 0, gpu)
 
 
 @lru_cache(4096)
 def _source(dtype: torch.dtype, kind: int, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
     chunks = block // 256 if by_warps(block) else 1
-    macros = {"BF16": int(dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout, "INPUT": kind}
-    macros["GATHER"] = int(gather)
-    return nvrtc.Source(("ops/ptx.cuh", "ops/hadamard.cuh", "ops/input.cuh", "ops/rotate.cu"), tuple(macros.items()))
+    macros = {"BF16": int(dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout}
+    if kind == PLAIN:
+        return nvrtc.Source((*ROWS_SOURCE, "ops/rotate.cu"), (*macros.items(), ("GATHER", int(gather))))
+    parts = ("ptx", "hadamard", "input", "rotation")
+    files = (*(f"ops/{name}.cuh" for name in parts), "ops/rotate_made.cu")
+    return nvrtc.Source(files, (*macros.items(), ("INPUT", kind)))
 
 
-def _spread(most: int, in_features: int, block: int, gpu: nvrtc.Launcher) -> tuple[tuple[int, int], int]:
-    """The grid of rotate_many for `most` tokens at most, and bytes of shared memory a block of threads."""
-    chunks, columns = block // 256, in_features // block
-    groups, shared = -(-most // _TOGETHER), chunks * _CHUNK
-    resident = max(1, min(16 // chunks, gpu.shared_memory // (shared + nvrtc.RESERVED)))  # on a multiprocessor
-    turns = -(-groups // max(1, resident * gpu.multiprocessors // columns))
-    return (-(-groups // turns), columns), shared
+def grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> tuple[int, int]:
+    """For `most` tokens at most, and so many blocks of columns: each warp has as many tokens of one, or one less."""
+    chunks, warps = block // 256, ROW_THREADS // 32
+    resident = warps * (3 if chunks > 5 else 4 if chunks > 3 else 5 if chunks > 1 else 10) * gpu.multiprocessors
+    turns = -(-most // max(1, resident // columns))
+    return -(-most // (turns * warps)), columns
 
 
 def makes(block: int, tokens: int) -> bool:
@@ -119,5 +122,5 @@ def makes(block: int, tokens: int) -> bool:
 
 
 def by_warps(block: int) -> bool:
-    """Whether warps divide a block of the rotation: they transform 256 columns each."""
+    """Whether warps divide a block of the rotation: they transform 256 columns each, or all of a token's."""
     return block % 256 == 0 and block <= 2048

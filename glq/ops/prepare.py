@@ -7,7 +7,7 @@ import torch
 
 from glq import nvrtc
 from glq.codecs import get_codec
-from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_rotate
+from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill
 from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens
@@ -33,7 +33,7 @@ def prepare(
 
 def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Launcher) -> None:
     """A product by each kernel that up to `most` tokens take, with every kind of x."""
-    for tokens in (t for t in kernel_tokens(weight.codec, weight.out_features) if t <= most):
+    for tokens in (t for t in kernel_tokens(weight, gpu) if t <= most):
         x = torch.zeros(tokens, weight.in_features, dtype=dtype, device=weight.codes.device)
         made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if cuda_combine.takes(weight.in_features) else []
         for one in (plain(x), *made):
@@ -72,5 +72,5 @@ def kernel_pairs(
             plan = cuda_experts_prefill.make_plan(of, dtype, scale, pairs / task.experts, gpu)
         else:
             plan = cuda_experts.make_plan(of, dtype, scale, replace(task, pairs=pairs), block, gpu)
-        found.setdefault((plan.source, pairs // task.top_k > cuda_rotate.FEW), pairs)
+        found.setdefault(plan.source, pairs)
     return tuple(found.values())

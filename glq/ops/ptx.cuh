@@ -18,6 +18,7 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instr
 
 // The compiler shall keep v, instead of making it anew from what it was made of.
 template <typename T> __device__ __forceinline__ void hold(T*& v) { asm volatile("" : "+l"(v)); }
+__device__ __forceinline__ void hold(u32& v) { asm volatile("" : "+r"(v)); }
 // A lane's own, which the assembler shall keep in a register: it makes what comes of a thread's number anew, at 30 cycles.
 __device__ __forceinline__ u32 keep(u32 v) { return __shfl_sync(~0u, v, threadIdx.x % 32); }
 
@@ -33,6 +34,8 @@ __device__ __forceinline__ void load_now(uint2& v, const uint2* p) { asm volatil
 __device__ __forceinline__ void load_now(uint4& v, const uint4* p) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
 }
+// One store, which the compiler makes two of.
+__device__ __forceinline__ void store8(void* p, u32 a, u32 b) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(a), "r"(b) : "memory"); }
 // Codes are read once: they need not stay in a cache.
 __device__ __forceinline__ void load4(u32* r, const u8* p) { asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(r[0]) : "l"(p)); }
 __device__ __forceinline__ void load8(u32* r, const u8* p) {
@@ -56,6 +59,15 @@ __device__ __forceinline__ uint4 load_shared_by_gpu(const float* p) {
   uint4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
+}
+// Adds to a count, after which others see what this warp has stored before its last __syncwarp.
+__device__ __forceinline__ void add_released(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// Until a count is there, and what was stored before it, for bulk copies too.
+__device__ __forceinline__ void await_count(const int* p, int wanted) {
+  int v;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  while (v < wanted);
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 // What other GPUs see at once.
 __device__ __forceinline__ void store_shared_by_system(uint4* p, uint4 v) {
@@ -101,16 +113,24 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return r;
 }
 __device__ __forceinline__ u32 pack16(float low, float high) { return BF16 ? pack_bf16(low, high) : pack_half(low, high); }
-// c [16, 8] += a [16, 16] · b [16, 8], each lane with its fragments, in bf16 or fp16.
+// d [16, 8] = c + a [16, 16] · b [16, 8], each lane with its fragments, in bf16 or fp16.
 #define GLQ_MMA(TYPE) \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-__device__ __forceinline__ void mma_bf16(float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("bf16"); }
-__device__ __forceinline__ void mma_half(float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("f16"); }
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+__device__ __forceinline__ void mma_bf16(float* d, const float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("bf16"); }
+__device__ __forceinline__ void mma_half(float* d, const float* c, const u32* a, u32 b0, u32 b1) { GLQ_MMA("f16"); }
 #undef GLQ_MMA
-// In the type of x.
-__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) { return BF16 ? mma_bf16(c, a, b0, b1) : mma_half(c, a, b0, b1); }
+// In the type of x; c: d.
+__device__ __forceinline__ void mma(float* d, const float* c, const u32* a, u32 b0, u32 b1) { return BF16 ? mma_bf16(d, c, a, b0, b1) : mma_half(d, c, a, b0, b1); }
+__device__ __forceinline__ void mma(float* d, const u32* a, u32 b0, u32 b1) { mma(d, d, a, b0, b1); }
+__device__ __forceinline__ void mma_bf16(float* d, const u32* a, u32 b0, u32 b1) { mma_bf16(d, d, a, b0, b1); }
+// d [16, 8] = c + a [16, 8] · b [8, 8] in tf32: of fp32's bits the first 19 count.
+__device__ __forceinline__ void mma_tf32(float* d, const float* c, const u32* a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
 
 // ---- programmatic dependent launch: the next kernel may start, and waits for the one ahead ----
 

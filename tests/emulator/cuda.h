@@ -118,7 +118,7 @@ static u32 keep(u32 v) { return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) { return a * b + c; }
 static u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }
 template <typename T> static T* in_shared(u32 at) { return (T*)(dynamic_shared + at); }
-template <typename T> static void hold(T*&) {}
+template <typename T> static void hold(T&) {}
 static u32 load_shared(u32 at) {
   if (at % 4 || at >= sizeof dynamic_shared) fail("shared load out of place");
   return *(u32*)(dynamic_shared + at);
@@ -148,6 +148,8 @@ static uint4 load_shared_by_gpu(const float* p) {
   });
   return v;
 }
+static void add_released(int* p, int v) { *p += v; }
+static void await_count(const int* p, int wanted) { poll([=] { return *p >= wanted; }); }
 // Other ranks are other threads of this process.
 static void store_shared_by_system(uint4* p, uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -161,6 +163,11 @@ static uint4 load_shared_by_system(const uint4* p) {
   return {words[0], words[1], words[2], words[3]};
 }
 template <typename T> static void load_now(T& v, const T* p) { v = *p; }
+static void store8(void* p, u32 a, u32 b) {
+  const u32 words[2] = {a, b};
+  if ((uintptr_t)p % 8) fail("store of 8 bytes out of place");
+  std::memcpy(p, words, 8);
+}
 static void commit_async() {}
 static void wait_async() {}
 static void let_next_start() {}
@@ -179,7 +186,8 @@ static u16 to16(float v) { return to_half(v); }
 static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 static u32 pack16(float low, float high) { return to16(low) | (u32)to16(high) << 16; }
-template <typename From> static void multiply_fragments(float* c, const u32* a, u32 b0, u32 b1, From from) {
+// d = c + a · b, fragments as the PTX manual draws them for m16n8k16 or, in tf32, m16n8k8.
+template <int K, typename From> static void multiply_fragments(float* d, const float* c, const u32* a, u32 b0, u32 b1, From from) {
   const int lane = current % 32;
   auto& shown = exchange[current / 32];
   const u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -187,16 +195,25 @@ template <typename From> static void multiply_fragments(float* c, const u32* a, 
   sync_warp();
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4 + e / 2 * 8, col = 2 * (lane % 4) + e % 2;
-    for (int k = 0; k < 16; ++k) {  // fragments as the PTX manual draws them for m16n8k16
-      const u32 av = shown[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)] >> 16 * (k % 2);
-      const u32 bv = shown[col * 4 + k % 8 / 2][4 + k / 8] >> 16 * (k % 2);
-      c[e] += from((u16)av) * from((u16)bv);
+    float sum = c[e];
+    for (int k = 0; k < K; ++k) {
+      const int half = k / (K / 2), of_lane = k % (K / 2) / (K / 8), low = k % (K / 8);
+      sum += from(shown[row % 8 * 4 + of_lane][row / 8 + 2 * half], low) * from(shown[col * 4 + of_lane][4 + half], low);
     }
+    d[e] = sum;
   }
   sync_warp();
 }
-static void mma(float* c, const u32* a, u32 b0, u32 b1) { multiply_fragments(c, a, b0, b1, from16); }
-static void mma_bf16(float* c, const u32* a, u32 b0, u32 b1) { multiply_fragments(c, a, b0, b1, from_bf16); }
+static void mma(float* d, const float* c, const u32* a, u32 b0, u32 b1) {
+  multiply_fragments<16>(d, c, a, b0, b1, [](u32 v, int i) { return from16((u16)(v >> 16 * i)); });
+}
+static void mma(float* d, const u32* a, u32 b0, u32 b1) { mma(d, d, a, b0, b1); }
+static void mma_bf16(float* d, const u32* a, u32 b0, u32 b1) {
+  multiply_fragments<16>(d, d, a, b0, b1, [](u32 v, int i) { return from_bf16((u16)(v >> 16 * i)); });
+}
+static void mma_tf32(float* d, const float* c, const u32* a, u32 b0, u32 b1) {
+  multiply_fragments<8>(d, c, a, b0, b1, [](u32 v, int) { return __uint_as_float(v & 0xFFFFE000); });
+}
 
 // Products run as late as they may: what they read and write too early or too late shows.
 struct Product { float* d; unsigned long long a, b; const u32* fragments[4]; };  // fragments of a: those of the lanes with these rows
