@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_cuda_matmul import TAKEN, emulated, error, multiply, of, problem
 
 from glq.codecs import CODECS
-from glq.ops import cuda_beside, cuda_prompt
+from glq.ops import cuda_beside, cuda_prompt, cuda_rotate
 from glq.ops.cuda_beside import TOKENS, make_schedule
 from glq.ops.cuda_rotate import rotate_rows
 from glq.ops.matrix import Matrix
@@ -97,7 +97,10 @@ def test_there_is_room_and_the_pipeline_goes_on():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_rotation_is_as_exact_as_its_type(block, dtype):
     """Sums in tf32 in between show in neither: they are made up for in bf16, and complete in fp16."""
-    x, signs = torch.randn(16, block).to(dtype), torch.randint(0, 256, (block // 8,), dtype=torch.uint8)
+    x, signs = (
+        torch.randn(cuda_rotate.FEW + 1, block).to(dtype),
+        torch.randint(0, 256, (block // 8,), dtype=torch.uint8),
+    )
     exact = rotate(x.double(), unpack_signs(signs, block), block)
     found = rotate_rows(x, signs, block, Emulator(1)).double()
     rounded = exact.to(dtype).double()

@@ -13,7 +13,7 @@ from emulator import Emulator
 from glq import nvrtc
 from glq.codecs import CODECS
 from glq.errors import GlqError
-from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt
+from glq.ops import cuda_batch, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops import matmul as op_module
 from glq.ops.cuda_decode import Plan, make_plan, max_tokens
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
@@ -291,7 +291,9 @@ def test_unrotate_fits_every_architecture(arch):
 @emulated
 @pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
-def test_rotation(block, layout):
+@pytest.mark.parametrize("few", [0, 16])
+def test_rotation(block, layout, few, monkeypatch):
+    monkeypatch.setattr(cuda_rotate, "FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
     tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1))[:, :11].float()
@@ -309,10 +311,8 @@ def test_rotation(block, layout):
 
 
 def try_out(gpu):
-    tokens = (1, 16, 17, 129, MANY)  # one for each kernel
-    op_module.try_out(
-        lambda x, weight: op_module.cuda_product(plain(x), weight, gpu), torch.device("cpu"), "trellis-2", tokens
-    )
+    tokens, cpu = (1, 16, 17, 129, MANY), torch.device("cpu")  # tokens: one for each kernel
+    op_module.try_out(lambda x, w: op_module.cuda_product(plain(x), w, gpu), cpu, "trellis-2", tokens)
 
 
 @emulated

@@ -6,7 +6,7 @@ from math import gcd
 import torch
 
 from glq import nvrtc
-from glq.ops.cuda_rotate import FRAGMENTS, ROW_THREADS, ROWS_SOURCE, Rotation, by_warps, grid_of_rows
+from glq.ops.cuda_rotate import FRAGMENTS, ROW_THREADS, ROWS_SOURCE, Rotation, by_warps, grid_of_rows, macros
 
 TOKENS = 256  # of a block of them
 _UNIT = 1071  # cycles of a unit of the product
@@ -46,8 +46,8 @@ class Schedule:
         counts = 2 * len(self.order) * blocks  # in units of 16 bits
         each = blocks // self.apart
         grid = grid_of_rows(min(each, self.ahead) * TOKENS, -(-self.ahead // each), self.block, gpu)
-        macros = {"BF16": int(dtype == torch.bfloat16), "CHUNKS": self.block // 256, "LAYOUT": FRAGMENTS}
-        source = nvrtc.Source((*ROWS_SOURCE, "ops/schedule.cuh", "ops/ahead.cu"), tuple(macros.items()))
+        files = (*ROWS_SOURCE, "ops/schedule.cuh", "ops/ahead.cu")
+        source = nvrtc.Source(files, macros(dtype, self.block, FRAGMENTS))
         return Rotation(source, "rotate_ahead", grid, ROW_THREADS, 0, (cols * held + counts,), sizes, 0, gpu)
 
 

@@ -11,7 +11,8 @@ from glq.ops.inputs import PLAIN, Input, plain
 from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
-MADE = 2048  # tokens of an x that a rotation makes on the way; with more, making it first is as fast
+FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
+MADE = 2048  # … of an x that a rotation makes on the way; with more, making it first is as fast
 ROW_THREADS = 128  # of a block of threads whose warps have a token each …
 ROWS_SOURCE = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation", "rows"))  # … and its code
 
@@ -33,7 +34,7 @@ class Rotation:
     def __call__(self, x: Input, signs: Tensor) -> Tensor:
         out = x.first.new_empty(self.out)
         given: tuple[Tensor | int, ...]
-        if self.name == "rotate_made":
+        if self.name == "rotate_few":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
             given = (x.first, signs, hartley(self.odd, torch.float32, x.device), out)
@@ -56,7 +57,7 @@ def rotate_pairs(
     blocks [1 + most] and slots [tokens · most] int32, as route.cu writes them; what is beyond, or −1, is not read.
     """
     tiles, most = x.new_empty(x.shape[1] // 64, len(slots), 64), len(blocks) - 1
-    source = _source(x.dtype, PLAIN, block, SWIZZLED, True)
+    source = _source(x.dtype, block, SWIZZLED, True)
     grid = grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
     tensors = (plain(x).first, signs, tiles, blocks, slots)
     sizes = (each, len(slots), x.shape[1], len(slots) // most)
@@ -83,29 +84,35 @@ def rotation(
     """Of x [tokens, in_features], as rotate_tiles or, with layout _ROWS, rotate_rows."""
     col_tiles, blocks = -(-in_features // 64), in_features // block
     out = (tokens, 64 * col_tiles) if layout == _ROWS else (col_tiles, held, 72 if layout == TILES else 64)
-    source = _source(dtype, kind, block, layout)
     assert kind == PLAIN or makes(block, tokens)
+    source = _source(dtype, block, layout)
     if not by_warps(block):
         odd = odd_part(block)
         sizes: tuple[int | None, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
-    if kind != PLAIN:
-        sizes = (held, in_features)
-        return Rotation(source, "rotate_made", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
+    if kind != PLAIN or tokens <= FEW:
+        source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
+        return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
     sizes = (None, None, 1, held, in_features, tokens)
     grid = grid_of_rows(tokens, blocks, block, gpu)
     return Rotation(source, "rotate_many", grid, ROW_THREADS, 0, out, sizes, 0, gpu)
 
 
 @lru_cache(4096)
-def _source(dtype: torch.dtype, kind: int, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
+def _source(dtype: torch.dtype, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
+    return nvrtc.Source((*ROWS_SOURCE, "ops/rotate.cu"), (*macros(dtype, block, layout), ("GATHER", int(gather))))
+
+
+@lru_cache(4096)
+def _source_of_few(dtype: torch.dtype, kind: int, block: int, layout: int) -> nvrtc.Source:
+    files = (*(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation")), "ops/rotate_few.cu")
+    return nvrtc.Source(files, (*macros(dtype, block, layout), ("INPUT", kind)))
+
+
+def macros(dtype: torch.dtype, block: int, layout: int) -> tuple[tuple[str, int], ...]:
+    """Those of ops/rotation.cuh."""
     chunks = block // 256 if by_warps(block) else 1
-    macros = {"BF16": int(dtype == torch.bfloat16), "CHUNKS": chunks, "LAYOUT": layout}
-    if kind == PLAIN:
-        return nvrtc.Source((*ROWS_SOURCE, "ops/rotate.cu"), (*macros.items(), ("GATHER", int(gather))))
-    parts = ("ptx", "hadamard", "input", "rotation")
-    files = (*(f"ops/{name}.cuh" for name in parts), "ops/rotate_made.cu")
-    return nvrtc.Source(files, (*macros.items(), ("INPUT", kind)))
+    return ("BF16", int(dtype == torch.bfloat16)), ("CHUNKS", chunks), ("LAYOUT", layout)
 
 
 def grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> tuple[int, int]:

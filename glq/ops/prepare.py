@@ -7,7 +7,7 @@ import torch
 
 from glq import nvrtc
 from glq.codecs import get_codec
-from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill
+from glq.ops import cuda_combine, cuda_experts, cuda_experts_prefill, cuda_rotate
 from glq.ops.experts import experts_matmul
 from glq.ops.inputs import norm_of, plain, silu_of
 from glq.ops.matmul import cuda_product, has_cuda_kernel, kernel_tokens
@@ -72,5 +72,5 @@ def kernel_pairs(
             plan = cuda_experts_prefill.make_plan(of, dtype, scale, pairs / task.experts, gpu)
         else:
             plan = cuda_experts.make_plan(of, dtype, scale, replace(task, pairs=pairs), block, gpu)
-        found.setdefault(plan.source, pairs)
+        found.setdefault((plan.source, pairs // task.top_k > cuda_rotate.FEW), pairs)
     return tuple(found.values())

@@ -1,4 +1,4 @@
-// The rotation of an x that is made on the way, where a block has 256 · CHUNKS columns: one warp for 256 columns of a token.
+// The rotation of few tokens, or of an x that is made on the way, where a block has 256 · CHUNKS columns: one warp for 256 columns of a token.
 // Macros: those of input.cuh and rotation.cuh.
 
 // In FRAGMENTS four lanes, every second of eight, have eight columns each, 16 from one to the next: their t-th pairs make a chunk. They are transposed,
@@ -19,7 +19,7 @@ __device__ __forceinline__ void put_chunk(u16* out, int tile, int token, int hel
 
 // With 2 KB of shared memory and few registers, so that it starts where the product ahead of it leaves a little room, and is there when that ends.
 extern "C" __global__ void __launch_bounds__(32 * CHUNKS)
-rotate_made(const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, u16* out, int eps, int stride, int held, int cols) {
+rotate_few(const u16* x, const u16* other, const u16* weight, u16* total, const u8* signs, u16* out, int eps, int stride, int held, int cols) {
   __shared__ float2 values[CHUNKS][32];
   let_next_start();
   const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, col = blockIdx.y * WIDTH + 256 * warp + 8 * lane;
