@@ -21,7 +21,7 @@ from glq.ops.inputs import NORM, PLAIN, SILU, plain
 from glq.ops.matmul import MANY, matmul_reference
 from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, packed_shapes, unpack_signs
-from glq.rotation import block_width, rotate
+from glq.rotation import rotate
 
 emulated = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -202,7 +202,7 @@ def test_prompt_shares_tiles(clusters):
 @pytest.mark.parametrize("cols", [64, 200, 14336])
 @pytest.mark.parametrize("multiprocessors", [1, 78, 132])
 def test_every_cluster_of_prompt_has_a_unit(tokens, rows, cols, multiprocessors):
-    matrix = Matrix("trellis-4", torch.float16, rows, cols, block_width(cols))
+    matrix = Matrix("trellis-4", torch.float16, rows, cols, 0)
     plan = cuda_prompt.make_plan(tokens, torch.float16, matrix, multiprocessors)
     assert plan.shape in PROMPT_SHAPES
     assert 1 <= plan.clusters <= max(1, multiprocessors // 2)
@@ -222,8 +222,7 @@ def test_products_of_warpgroups_keep_their_pipeline():
 
 def test_prompt_fills_the_gpu():
     for tokens, rows, cols in product((65, 128, 200, 512, 2000, 2048), (1024, 4096, 14336), (4096, 14336)):
-        matrix = Matrix("trellis-4", torch.float16, rows, cols, block_width(cols))
-        plan = cuda_prompt.make_plan(tokens, torch.float16, matrix, 132)
+        plan = cuda_prompt.make_plan(tokens, torch.float16, Matrix("trellis-4", torch.float16, rows, cols, 0), 132)
         assert plan.clusters >= 60
         assert tokens < 2048 or rows < 4096 or plan.tiles(tokens, rows) % plan.clusters == 0
 
@@ -311,8 +310,10 @@ def test_rotation(block, layout, few, monkeypatch):
 
 
 def try_out(gpu):
-    tokens, cpu = (1, 16, 17, 129, MANY), torch.device("cpu")  # tokens: one for each kernel
-    op_module.try_out(lambda x, w: op_module.cuda_product(plain(x), w, gpu), cpu, "trellis-2", tokens)
+    tokens = (1, 16, 17, 129, MANY)  # one for each kernel
+    op_module.try_out(
+        lambda x, weight: op_module.cuda_product(plain(x), weight, gpu), torch.device("cpu"), "trellis-2", tokens
+    )
 
 
 @emulated

@@ -9,11 +9,9 @@ from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
-from glq.ops import cuda_beside
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
-from glq.ops.inputs import PLAIN
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
@@ -42,8 +40,7 @@ class Plan:
     shape: Shape
     copies: int  # of the table in shared memory
     stages: int  # units of x on their way
-    clusters: int  # that multiply
-    schedule: cuda_beside.Schedule | None = None  # if some of x is rotated beside
+    clusters: int
 
     rows = 128  # of a tile of y
     threads = 384
@@ -52,16 +49,13 @@ class Plan:
     def shared(self) -> int:
         """Bytes of shared memory a block. The stages lie in the holes of a table that has some."""
         table = table_bytes(self.codec, self.copies)
-        own = table + _BARRIERS + (0 if spread(self.codec, self.copies) else self.stages * self.shape.tokens * 128)
-        return max(own, cuda_beside.shared_bytes(self.schedule.block, self.threads)) if self.schedule else own
+        return table + _BARRIERS + (0 if spread(self.codec, self.copies) else self.stages * self.shape.tokens * 128)
 
     @cached_property
     def source(self) -> nvrtc.Source:
         own = {"TOKENS": self.shape.tokens, "CLUSTER": self.shape.cluster, "STAGES": self.stages}
-        own |= {"CHUNKS": self.schedule.block // 256 if self.schedule else 0, "LAYOUT": FRAGMENTS}
         defined = macros(self.codec, self.copies, self.dtype, self.scale, **own)
-        beside = ("hadamard", "rotation", "schedule", "beside") if self.schedule else ()
-        parts = ("wgmma", "cluster", "output", "exchange", "slots", "quarters", *beside)
+        parts = ("wgmma", "cluster", "output", "exchange", "slots", "quarters")
         return nvrtc.Source(
             (*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/prompt.cu"), defined, of_one_arch=True
         )
@@ -81,15 +75,6 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
     few = tokens <= 128 or (tokens <= FEW and matrix.rows * matrix.cols < _SMALL)
     plan = fill(get_codec(matrix.codec), dtype, matrix.scale, Shape(128 if few else 256, 2))
     return spread_out(plan, tokens, matrix, multiprocessors)
-
-
-def kernel_tokens(matrix: Matrix, multiprocessors: int) -> set[int]:
-    """Numbers of tokens that between them take every kernel which make_plan has for a matrix."""
-    most, found = most_tokens(get_codec(matrix.codec)), dict[nvrtc.Source, int]()
-    for tokens in (1, FEW + 1, *range(cuda_beside.TOKENS, most + 1, cuda_beside.TOKENS)):
-        if tokens <= most:
-            found.setdefault(make_plan(tokens, torch.float16, matrix, multiprocessors).source, tokens)
-    return {*found.values()}
 
 
 def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, clusters: int = 1) -> Plan:
@@ -113,12 +98,7 @@ def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) ->
     else:
         turns = -(-tiles // clusters)
         even = tiles // turns if tiles % turns == 0 else 0
-    plan = replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
-    if plan.shape.tokens != cuda_beside.TOKENS:
-        return plan
-    beside = (clusters - plan.clusters) * plan.shape.cluster
-    facts = (tokens, matrix.cols, matrix.block, tiles, plan.clusters, beside)
-    return replace(plan, schedule=cuda_beside.make_schedule(*facts))
+    return replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
 
 
 def make_product(
@@ -129,22 +109,15 @@ def make_product(
     assert plan.clusters <= tiles * col_tiles < (1 << 32) // plan.clusters  # that it multiplies in 32 bits
     blocks = plan.clusters * plan.shape.cluster
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
-    plan = plan if kind == PLAIN else replace(plan, schedule=None)
-    schedule = plan.schedule
-    if schedule:
-        rotated = schedule.rotation(plan.dtype, padded, gpu)
-    else:
-        rotated = rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu)
     return Product(
-        rotated,
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
         device_table(plan.codec, plan.copies, device, plan.dtype),
         plan.source,
         "prompt",
-        blocks + (schedule.beside if schedule else 0),
+        blocks,
         plan.threads,
         plan.shared,
         (blocks if tiles % plan.clusters else 0) * plan.rows * plan.shape.tokens,
-        (tokens, padded, matrix.rows, row_tiles, col_tiles, *(schedule.sizes if schedule else cuda_beside.NONE)),
+        (tokens, padded, matrix.rows, row_tiles, col_tiles),
         gpu,
-        takes_plain=True,
     )

@@ -13,8 +13,8 @@ from glq.rotation import hartley, odd_part
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
 MADE = 2048  # … of an x that a rotation makes on the way; with more, making it first is as fast
-ROW_THREADS = 128  # of a block of threads whose warps have a token each …
-ROWS_SOURCE = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation", "rows"))  # … and its code
+_ROW_THREADS = 128  # of a block of threads whose warps have a token each …
+_ROWS_FILES = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation", "rows"))  # … and its code
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +58,10 @@ def rotate_pairs(
     """
     tiles, most = x.new_empty(x.shape[1] // 64, len(slots), 64), len(blocks) - 1
     source = _source(x.dtype, block, SWIZZLED, True)
-    grid = grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
+    grid = _grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
     tensors = (plain(x).first, signs, tiles, blocks, slots)
     sizes = (each, len(slots), x.shape[1], len(slots) // most)
-    gpu.launch(source, "rotate_many", grid, ROW_THREADS, 0, *tensors, *sizes)
+    gpu.launch(source, "rotate_many", grid, _ROW_THREADS, 0, *tensors, *sizes)
     return tiles
 
 
@@ -94,30 +94,30 @@ def rotation(
         source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
         return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
     sizes = (None, None, 1, held, in_features, tokens)
-    grid = grid_of_rows(tokens, blocks, block, gpu)
-    return Rotation(source, "rotate_many", grid, ROW_THREADS, 0, out, sizes, 0, gpu)
+    grid = _grid_of_rows(tokens, blocks, block, gpu)
+    return Rotation(source, "rotate_many", grid, _ROW_THREADS, 0, out, sizes, 0, gpu)
 
 
 @lru_cache(4096)
 def _source(dtype: torch.dtype, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
-    return nvrtc.Source((*ROWS_SOURCE, "ops/rotate.cu"), (*macros(dtype, block, layout), ("GATHER", int(gather))))
+    return nvrtc.Source((*_ROWS_FILES, "ops/rotate.cu"), (*_macros(dtype, block, layout), ("GATHER", int(gather))))
 
 
 @lru_cache(4096)
 def _source_of_few(dtype: torch.dtype, kind: int, block: int, layout: int) -> nvrtc.Source:
     files = (*(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation")), "ops/rotate_few.cu")
-    return nvrtc.Source(files, (*macros(dtype, block, layout), ("INPUT", kind)))
+    return nvrtc.Source(files, (*_macros(dtype, block, layout), ("INPUT", kind)))
 
 
-def macros(dtype: torch.dtype, block: int, layout: int) -> tuple[tuple[str, int], ...]:
+def _macros(dtype: torch.dtype, block: int, layout: int) -> tuple[tuple[str, int], ...]:
     """Those of ops/rotation.cuh."""
     chunks = block // 256 if by_warps(block) else 1
     return ("BF16", int(dtype == torch.bfloat16)), ("CHUNKS", chunks), ("LAYOUT", layout)
 
 
-def grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> tuple[int, int]:
+def _grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> tuple[int, int]:
     """For `most` tokens at most, and so many blocks of columns: each warp has as many tokens of one, or one less."""
-    chunks, warps = block // 256, ROW_THREADS // 32
+    chunks, warps = block // 256, _ROW_THREADS // 32
     resident = warps * (3 if chunks > 5 else 4 if chunks > 3 else 5 if chunks > 1 else 10) * gpu.multiprocessors
     turns = -(-most // max(1, resident // columns))
     return -(-most // (turns * warps)), columns

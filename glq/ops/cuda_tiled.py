@@ -23,14 +23,11 @@ class Product:
     sums: int  # that blocks hand over
     sizes: tuple[int, ...]  # tokens, padded tokens, rows, …
     gpu: nvrtc.Launcher
-    takes_plain: bool = False  # x and signs, too
 
     def __call__(self, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
         """x [tokens, in] and the tensors of a PackedLinear → [tokens, out]."""
         rotated = self.rotation(x, signs)
         y = x.first.new_empty(self.sizes[0], self.sizes[2])
-        tensors: tuple[Tensor, ...] = (codes, rotated, self.table, scale, y, self.gpu.exchange(self.sums))
-        if self.takes_plain:
-            tensors += (x.first, signs)
+        tensors = (codes, rotated, self.table, scale, y, self.gpu.exchange(self.sums))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *tensors, *self.sizes)
         return y

@@ -149,12 +149,8 @@ def cuda_matmul(
 
 def cuda_product(x: Input, weight: PackedLinear, gpu: nvrtc.Launcher) -> Tensor:
     """The same, by any launcher."""
-    product = product_for(x.tokens, x.kind, x.dtype, _matrix(weight), x.device, gpu)
-    return product(x, weight.codes, weight.scale, weight.signs)
-
-
-def _matrix(weight: PackedLinear) -> Matrix:
-    return Matrix(weight.codec, weight.scale.dtype, weight.out_features, weight.in_features, weight.block)
+    matrix = Matrix(weight.codec, weight.scale.dtype, weight.out_features, weight.in_features, weight.block)
+    return product_for(x.tokens, x.kind, x.dtype, matrix, x.device, gpu)(x, weight.codes, weight.scale, weight.signs)
 
 
 @lru_cache(1 << 14)
@@ -194,10 +190,9 @@ def _many_in_own_basis(out_features: int) -> int:
     return max(_MANY_IN_OWN_BASIS, out_features // 2 + 1)
 
 
-def kernel_tokens(weight: PackedLinear, gpu: nvrtc.Launcher) -> list[int]:
-    """Numbers of tokens that between them take every kernel which cuda_product has for such a matrix."""
+def kernel_tokens(codec: str, out_features: int) -> list[int]:
+    """Numbers of tokens that between them take every kernel which cuda_product has for a matrix of so many rows."""
     few = {*range(1, 9), *range(9, DECODED, 8)}  # up to 8 tokens differ in shared memory, then each 8 are a kernel
-    many, rows = cuda_prompt.most_tokens(get_codec(weight.codec)) + 1, weight.out_features
-    own_basis = max(cuda_dequantize.own_basis_tokens(rows), min(many, _many_in_own_basis(rows)))
-    prompts = cuda_prompt.kernel_tokens(_matrix(weight), gpu.multiprocessors) if gpu.arch == cuda_prompt.ARCH else set()
-    return sorted(few | prompts | {DECODED + 1, cuda_batch.MOST + 1, many, own_basis})
+    many = cuda_prompt.most_tokens(get_codec(codec)) + 1
+    own_basis = max(cuda_dequantize.own_basis_tokens(out_features), min(many, _many_in_own_basis(out_features)))
+    return sorted(few | {DECODED + 1, cuda_batch.MOST + 1, cuda_prompt.FEW + 1, many, own_basis})

@@ -33,7 +33,7 @@ def prepare(
 
 def run_all(weight: PackedLinear, dtype: torch.dtype, most: int, gpu: nvrtc.Launcher) -> None:
     """A product by each kernel that up to `most` tokens take, with every kind of x."""
-    for tokens in (t for t in kernel_tokens(weight, gpu) if t <= most):
+    for tokens in (t for t in kernel_tokens(weight.codec, weight.out_features) if t <= most):
         x = torch.zeros(tokens, weight.in_features, dtype=dtype, device=weight.codes.device)
         made = [silu_of(x, x), norm_of(x, x, x[0], 1e-5)] if cuda_combine.takes(weight.in_features) else []
         for one in (plain(x), *made):

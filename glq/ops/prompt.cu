@@ -10,7 +10,7 @@
 // Where each tile is two runs, each of the two clusters adds up half of the tokens, so each waits for the other: they are neighbours, and the GPU
 // starts clusters in order, so of a kernel one cluster at most waits for one that has not started.
 // No block ends while another may still send to it: it waits for all x, and for every arrival that it gets, as it gets none that nobody waits for.
-// Macros, besides those of output.cuh, exchange.cuh, slots.cuh and rotation.cuh: TOKENS (128 or 256), CLUSTER, STAGES. CHUNKS is 0 if no x is rotated beside.
+// Macros, besides those of output.cuh, exchange.cuh and slots.cuh: TOKENS (128 or 256), CLUSTER, STAGES.
 
 static constexpr int GROUPS = 2;  // warpgroups that multiply
 static constexpr int TAKEN = 240, LEFT = 24;  // registers of their threads, and of the others': all that a block has, 168 a thread
@@ -19,7 +19,6 @@ static_assert(32 * WARPS * TAKEN + 128 * LEFT <= THREADS * (65536 / THREADS / 8 
 static constexpr int TILES_OF_CODES = GROUPS * TALL;  // of docs/FORMAT.md, that a block's rows have
 static constexpr int STAGE_BYTES = TOKENS * 128, SHARE = STAGE_BYTES / CLUSTER;
 static constexpr int SLOT = ROWS * TOKENS;  // floats of a tile's sums
-static constexpr int SLICE = 4 * CHUNKS;    // units of a block of the rotation
 static constexpr int FAR = 3;               // units whose codes are requested into the L2 cache ahead of their x
 
 // ---- which units a run has ----
@@ -28,9 +27,9 @@ struct Work {
   int row_tiles, col_tiles, token_blocks;
   u32 units, runs;
 
-  __device__ Work(int row_tiles, int col_tiles, int token_blocks, int beside) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
+  __device__ Work(int row_tiles, int col_tiles, int token_blocks) : row_tiles(row_tiles), col_tiles(col_tiles), token_blocks(token_blocks) {
     units = (row_tiles + GROUPS * CLUSTER - 1) / (GROUPS * CLUSTER) * token_blocks * col_tiles;
-    runs = (gridDim.x - beside) / CLUSTER;
+    runs = gridDim.x / CLUSTER;
   }
   __device__ int begin(int run) const { return units * run / runs; }
   __device__ int owner(int unit) const { return ((unit + 1) * runs - 1) / units; }
@@ -70,8 +69,7 @@ struct Place {
 // What is brought of x, by one thread. A release of the ring, of which a run of n units has n + 1, says that all units before it are multiplied: unit i's x
 // waits for release i − (STAGES − 1). This thread sees them all, so that none comes to a block that is over.
 static_assert(STAGES > 1, "the first unit's x waits for none");
-// await_x(i, tile, col): until x of a tile is there from a column tile on, as the run's i-th unit wants it.
-template <typename Await> __device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers* barriers, const u16* x, int padded, Await await_x) {
+__device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers* barriers, const u16* x, int padded) {
   Place place{0, 0}, released{0, 0};
   auto await_release = [&] {
     await(barriers->empty + released.stage, released.parity);
@@ -87,7 +85,6 @@ template <typename Await> __device__ __forceinline__ void bring_run(const Work& 
     #pragma unroll 1
     for (; col < work.col_tiles && i < end - begin; ++col, ++i, from += (size_t)padded * 64) {
       hold(from);
-      await_x(i, tile, col);
       if (ahead == STAGES - 1) await_release();
       else ++ahead;
       expect(barriers->full + place.stage, STAGE_BYTES);
@@ -346,19 +343,12 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
 }
 
 // x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [grid][SLOT] EMPTY, which it is
-// again at the end. Where the first `beside` blocks have no tile: they rotate what of `plain` [tokens, columns] is not there yet, and counts follow x. What a run's first
-// `early` units want is there.
+// again at the end.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-prompt(const u8* codes, u16* x, const u32* table, const void* scale, u16* y, float* handed, const u16* plain, const u8* signs, int tokens, int padded, int rows, int row_tiles, int col_tiles, int beside, int apart, int low, int high, int ahead, int early) {
+prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
-#if CHUNKS
-  const Schedule schedule{tokens, col_tiles / SLICE, apart, (u32)low, (u32)high};
-  int* const counts = (int*)(x + (size_t)col_tiles * padded * 64);
-  if (blockIdx.x < beside)
-    return rotate_beside(schedule, ahead, memory, beside, plain, signs, x, counts, padded, 64 * col_tiles);
-#endif
   Barriers* const barriers = (Barriers*)(memory + BARRIERS_AT);
   const bool brings = threadIdx.x == 32 * WARPS;
   if (brings) {
@@ -373,22 +363,15 @@ prompt(const u8* codes, u16* x, const u32* table, const void* scale, u16* y, flo
   auto codes_of = [&](int own) { return Codes{codes, TALL == 1 ? row_tiles : (rows + 31) / 32, col_tiles, padded / TOKENS, own_rank() * TILES_OF_CODES + own}; };
   if (threadIdx.x >= 32 * WARPS) {
     leave_registers<LEFT>();
-    const Work work(row_tiles, col_tiles, padded / TOKENS, beside);  // here and below: what it computes need not be kept until then
+    const Work work(row_tiles, col_tiles, padded / TOKENS);  // here and below: what it computes need not be kept until then
     await_cluster();
-    if (brings)
-      bring_run(work, memory, barriers, x, padded, [&](int i, int tile, int col) {
-#if CHUNKS
-        if (i < early || col % SLICE > 0) return;
-        const int block = tile % work.token_blocks;
-        await_count(counts + schedule.place(col / SLICE, block), schedule.tokens_of(block));
-#endif
-      });
+    if (brings) bring_run(work, memory, barriers, x, padded);
     const int helper = threadIdx.x - 32 * (WARPS + 1);
     if (helper >= 0 && helper < TILES_OF_CODES) request_run(work, codes_of(helper), barriers);
     return;
   }
   take_registers<TAKEN>();
-  const Work work(row_tiles, col_tiles, padded / TOKENS, beside);
+  const Work work(row_tiles, col_tiles, padded / TOKENS);
   const int warp = uniform(threadIdx.x / 32);
   multiply_run(work, memory, table, codes_of(warp / 4 * TALL + warp % 4 * TALL / 4), Output{y, scale, tokens, rows}, handed);
 }

@@ -60,15 +60,6 @@ __device__ __forceinline__ uint4 load_shared_by_gpu(const float* p) {
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
-// Adds to a count, after which others see what this warp has stored before its last __syncwarp.
-__device__ __forceinline__ void add_released(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-// Until a count is there, and what was stored before it, for bulk copies too.
-__device__ __forceinline__ void await_count(const int* p, int wanted) {
-  int v;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  while (v < wanted);
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
 // What other GPUs see at once.
 __device__ __forceinline__ void store_shared_by_system(uint4* p, uint4 v) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -100,11 +100,6 @@ struct TokenRotation {
     #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) request(x, c);
   }
-  // The same, in shared memory.
-  __device__ __forceinline__ void load(const u8* x) {
-    #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) raw[c] = *(const uint4*)(x + 2 * first + 512 * c);
-  }
   // Of the token whose x is there, to columns from `start` on of out [column tiles][held] tokens; request: what there is to do when a chunk is not needed any more.
   template <typename Request> __device__ __forceinline__ void rotate(u16* out, int start, int token, int held, int tiles, Request request) {
     const float none[4] = {};

@@ -148,8 +148,6 @@ static uint4 load_shared_by_gpu(const float* p) {
   });
   return v;
 }
-static void add_released(int* p, int v) { *p += v; }
-static void await_count(const int* p, int wanted) { poll([=] { return *p >= wanted; }); }
 // Other ranks are other threads of this process.
 static void store_shared_by_system(uint4* p, uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
