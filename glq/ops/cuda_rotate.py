@@ -13,8 +13,7 @@ from glq.rotation import hartley, odd_part
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
 MADE = 2048  # … of an x that a rotation makes on the way; with more, making it first is as fast
-_ROW_THREADS = 128  # of a block of threads whose warps have a token each …
-_ROWS_FILES = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation", "rows"))  # … and its code
+_ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,8 @@ def rotation(
 
 @lru_cache(4096)
 def _source(dtype: torch.dtype, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
-    return nvrtc.Source((*_ROWS_FILES, "ops/rotate.cu"), (*_macros(dtype, block, layout), ("GATHER", int(gather))))
+    files = (*(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation")), "ops/rotate.cu")
+    return nvrtc.Source(files, (*_macros(dtype, block, layout), ("GATHER", int(gather))))
 
 
 @lru_cache(4096)

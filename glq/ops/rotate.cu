@@ -43,16 +43,33 @@ rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int 
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[place(col, token, held, tiles)] = 0;
 }
 
-// The same where width is 256 · CHUNKS (rows.cuh).
+static constexpr int WARPS = 4;
+// Blocks of threads, as many as there are registers for.
+static constexpr int TOGETHER = CHUNKS > 5 ? 3 : CHUNKS > 3 ? 4 : CHUNKS > 1 ? 5 : 10;
+
+// The same where width is 256 · CHUNKS: a warp has one token at a time (rotation.cuh).
 // GATHER: token i is row pairs[i] / each of x, or none (−1), up to blocks[0] times `tokens`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TOGETHER)
 rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const int* pairs, int each, int held, int cols, int tokens) {
   let_next_start();
-  int token = first_of_warp() - gridDim.x * WARPS;
-  rotate_rows(x, signs, out, blockIdx.y * WIDTH, held, cols, [&] {
-    const int end = GATHER ? tokens * blocks[0] : tokens;
-    do token += gridDim.x * WARPS;
-    while (GATHER && token < end && pairs[token] < 0);
-    return token >= end ? Row{-1, -1} : Row{token, GATHER ? pairs[token] / each : token};
-  });
+  const int start = blockIdx.y * WIDTH, step = gridDim.x * WARPS;
+  TokenRotation own(threadIdx.x % 32);
+  own.take_signs(signs + start / 8);
+  wait_for_previous();
+  if (GATHER) tokens *= blocks[0];
+  auto advance = [&](int token) {  // to the next one that there is
+    do token += step;
+    while (GATHER && token < tokens && pairs[token] < 0);
+    return token;
+  };
+  auto at = [&](int token) { return x + (size_t)(GATHER ? pairs[token] / each : token) * cols + start; };
+  int token = advance(blockIdx.x * WARPS + uniform(threadIdx.x / 32) - step);
+  if (token >= tokens) return;
+  own.request(at(token));
+  #pragma unroll 1
+  while (token < tokens) {
+    const int next = advance(token);
+    own.rotate(at(next < tokens ? next : token), out, start, token, held, cols / 64);
+    token = next;
+  }
 }

@@ -100,8 +100,8 @@ struct TokenRotation {
     #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) request(x, c);
   }
-  // Of the token whose x is there, to columns from `start` on of out [column tiles][held] tokens; request: what there is to do when a chunk is not needed any more.
-  template <typename Request> __device__ __forceinline__ void rotate(u16* out, int start, int token, int held, int tiles, Request request) {
+  // Of the token whose x is there, to columns from `start` on of out [column tiles][held] tokens; next: x of the one that is requested then.
+  __device__ __forceinline__ void rotate(const u16* next, u16* out, int start, int token, int held, int tiles) {
     const float none[4] = {};
     float v[2][4][CHUNKS];  // without KEPT and with it
     #pragma unroll
@@ -114,7 +114,7 @@ struct TokenRotation {
         #pragma unroll
         for (int i = 0; i < 4; ++i) v[h][i][c] = d[i];
       }
-      request(c);
+      request(next, c);
     }
     #pragma unroll
     for (int i = 0; i < 8; ++i) across<CHUNKS>(v[i / 4][i % 4]);
