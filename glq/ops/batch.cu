@@ -62,12 +62,12 @@ static constexpr bool ALONE = false;
 // A warp's operands of step s, of which it has the PART-th rows.
 template <int PART> __device__ __forceinline__ void decode_part(u32 (*a)[4], const u32* r, int s, u32 copy) {
   constexpr bool HAS_END = CODE_BITS * (2 * PRODUCTS * (PART + 1) - 1) / 8 > CODE_BITS - 16;
-  u32 ends[2];
+  u32 ends[2] = {};
   if (HAS_END) ends_of(ends, r, s);
   #pragma unroll
   for (int m = 0; m < PRODUCTS; ++m)
     #pragma unroll
-    for (int e = 0; e < 4; ++e) a[m][e] = value(state_of(r, ends, s, PART * PRODUCTS + m, e), copy);
+    for (int e = 0; e < 4; ++e) a[m][e] = value(hash_of(r, ends, s, PART * PRODUCTS + m, e), copy);
 }
 __device__ __forceinline__ void decode(u32 (*a)[4], const u32* r, int s, int part, u32 copy) {
   if (SHARED_BY == 1) decode_part<0>(a, r, s, copy);

@@ -16,6 +16,18 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {  // one instr
   return r;
 }
 
+// Half of a word by a dot product of its halves, where multiplications are made: shifts, selections and logic go to a unit that is busier.
+__device__ __forceinline__ u32 lower16(u32 w) {
+  u32 r;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(w), "r"(1), "r"(0));
+  return r;
+}
+__device__ __forceinline__ u32 upper16(u32 w) {
+  u32 r;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(w), "r"(256), "r"(0));
+  return r;
+}
+
 // The compiler shall keep v, instead of making it anew from what it was made of.
 template <typename T> __device__ __forceinline__ void hold(T*& v) { asm volatile("" : "+l"(v)); }
 __device__ __forceinline__ void hold(u32& v) { asm volatile("" : "+r"(v)); }

@@ -51,7 +51,7 @@ __device__ __forceinline__ void take(u32* hashes, const u32* r, int part, int af
       for (int i = 0; i < 16; ++i) hashes[i] = prmt(r[i / 2 * 2], r[i / 2 * 2 + 1], (i % 2 ? 0x2121 : 0x1010) + 0x2222 * part);
     }
     #pragma unroll
-    for (int i = 0; i < 16; ++i) hashes[i] = hash(hashes[i]);
+    for (int i = 0; i < 16; ++i) hashes[i] *= HASH_OF_TWO;
     return;
   }
   u32 words[8];
@@ -82,7 +82,7 @@ __device__ __forceinline__ void take(u32* hashes, const u32* r, int part, int af
   #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const u32 w = words[i / 2] >> STEP * (i % 2);
-    hashes[i] = hash(TWICE ? prmt(w, 0, 0x1010) : w);
+    hashes[i] = HASH * (MASKED ? lower16(w) : w);
   }
 }
 __device__ __forceinline__ void look_up(u32* found, const u32* hashes, int s, u32 copy) {

@@ -39,7 +39,7 @@ struct Step {
     #pragma unroll
     for (int m = 0; m < 4; ++m)
       #pragma unroll
-      for (int e = 0; e < 4; ++e) v[m][e] = value(state_of(r, ends, 0, m, e), copy);
+      for (int e = 0; e < 4; ++e) v[m][e] = value(hash_of(r, ends, 0, m, e), copy);
     #pragma unroll
     for (int m = 0; m < 4; ++m)
       #pragma unroll

@@ -28,7 +28,7 @@ __device__ __forceinline__ uint2 word_of(const u32* r, int i) {
 // Register e of the fragment of step s, of words that begin with the slice.
 __device__ __forceinline__ u32 pair_of(const u32* word, int e, u32 copy) {
   const int at = CODE_BITS * (e % 2) / 8;
-  return value(TWICE ? twice(word, at) : bits16(word, at), copy);
+  return value(HASH * bits16(word, at), copy);
 }
 
 // A lane's words of a tile: the strips that begin with them, as many bits as a word has. Slices take the same instructions,

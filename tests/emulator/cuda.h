@@ -168,6 +168,8 @@ static void store8(void* p, u32 a, u32 b) {
 }
 static void commit_async() {}
 static void wait_async() {}
+static u32 lower16(u32 w) { return w & 0xFFFF; }
+static u32 upper16(u32 w) { return w >> 16; }
 static void let_next_start() {}
 static void wait_for_previous() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
