@@ -4,11 +4,13 @@ import pytest
 import torch
 from cubins import spilled
 from emulator import Emulator
-from test_cuda_matmul import emulated
+from test_cuda_matmul import emulated, error, problem
 
-from glq.ops import cuda_rotate
+from glq.ops import cuda_prompt, cuda_rotate
 from glq.ops.cuda_rotate import FRAGMENTS, rotate_rows, rotation
-from glq.ops.inputs import PLAIN
+from glq.ops.inputs import PLAIN, SILU, plain
+from glq.ops.matmul import cuda_product
+from glq.ops.matrix import Matrix
 from glq.packed import unpack_signs
 from glq.rotation import rotate
 
@@ -34,3 +36,47 @@ def test_it_fits(arch, dtype):
         source = rotation(512, PLAIN, dtype, block, block, 512, FRAGMENTS, Emulator(132)).source
         _, report = source.compile_and_report(arch)
         assert max(spilled(report)) <= 40  # of 168 registers a thread, ten: once a token of 2,048 columns
+
+
+class Noting(Emulator):
+    """Notes what it launches."""
+
+    def __init__(self):
+        super().__init__(2, resident=6)
+        self.launched = []
+
+    def launch(self, source, name, grid, block, shared, *arguments):
+        self.launched.append((name, arguments))
+        super().launch(source, name, grid, block, shared, *arguments)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_part_is_rotated_beside_the_product_of_the_one_before(dtype, monkeypatch):
+    monkeypatch.setattr(cuda_prompt, "_WIDE", 256)
+    x, weight = problem("trellis-4", 532, 200, 256, 256, dtype)
+    gpu = Noting()
+    assert error(cuda_product(plain(x), weight, gpu), x, weight) < 2
+    assert [name for name, _ in gpu.launched] == [
+        "rotate_many",
+        "prompt",
+        "rotate_many",
+        "prompt",
+        "rotate_many",
+        "batch",
+    ]
+    rotations = [arguments for name, arguments in gpu.launched if name == "rotate_many"]
+    assert [beside for *_, beside in rotations] == [False, True, True]
+    # What the product beside it reads is not what it writes; nor what the one before reads, which may not be over.
+    assert len({out.data_ptr() for _, _, out, *_ in rotations}) == 3
+
+
+def test_which_products_are_made_in_parts():
+    def parts(rows, cols, kind=PLAIN, block=2048):
+        return cuda_prompt.tokens_at_once(4096, kind, Matrix("trellis-4", torch.float16, rows, cols, block), 132)
+
+    assert parts(4096, 14336) == 1024  # 16 × 4 tiles for 66 clusters
+    assert parts(8192, 28672) == 512
+    assert parts(5120, 17408, block=1024) == 768
+    whole = [parts(4096, 4096), parts(14336, 14336), parts(4096, 14336, SILU), parts(4096, 14336, block=896)]
+    assert whole == [4096] * 4

@@ -129,15 +129,21 @@ def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) ->
 
 
 def make_product(
-    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
+    plan: Plan,
+    tokens: int,
+    kind: int,
+    matrix: Matrix,
+    device: torch.device,
+    gpu: nvrtc.Launcher,
+    beside: bool = False,
 ) -> Product:
-    """For x of that kind, on a GPU whose arch is 90."""
+    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is 90."""
     tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.parts <= col_tiles
     token_blocks = -(-tokens // plan.shape.tokens)
     padded = token_blocks * plan.shape.tokens
     return Product(
-        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
         device_table(plan.codec, plan.copies, device, plan.dtype),
         plan.source,
         "batch",

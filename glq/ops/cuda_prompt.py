@@ -9,15 +9,17 @@ from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
-from glq.ops.cuda_rotate import FRAGMENTS, rotation
+from glq.ops.cuda_rotate import FRAGMENTS, by_warps, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
+from glq.ops.inputs import PLAIN
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
 MOST, _MOST_RESIDUAL = 4096, 1024  # tokens, with one look-up a pair and with two
 FEW = 256  # tokens up to which a small matrix has tiles of 128
 _SMALL = 1 << 25  # weights of one
+_WIDE = 10240  # columns from which tokens are rotated beside the product of others
 _SHARED = 227 * 1024  # bytes of shared memory of a block
 _BARRIERS = 256  # bytes
 
@@ -28,6 +30,9 @@ class Shape:
 
     tokens: int  # of a tile of y
     cluster: int  # blocks with rows side by side
+
+
+_SOME, _MANY = Shape(128, 2), Shape(256, 2)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def most_tokens(codec: Codec) -> int:
 def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: int) -> Plan:
     """What was fastest on an H100 (docs/decisions.md, "Kernels for many tokens"), for a codec that this takes."""
     few = tokens <= 128 or (tokens <= FEW and matrix.rows * matrix.cols < _SMALL)
-    plan = fill(get_codec(matrix.codec), dtype, matrix.scale, Shape(128 if few else 256, 2))
+    plan = fill(get_codec(matrix.codec), dtype, matrix.scale, _SOME if few else _MANY)
     return spread_out(plan, tokens, matrix, multiprocessors)
 
 
@@ -101,16 +106,35 @@ def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) ->
     return replace(plan, clusters=even if even > 0.9 * clusters else min(clusters, tiles * col_tiles))
 
 
+def tokens_at_once(tokens: int, kind: int, matrix: Matrix, multiprocessors: int) -> int:
+    """All, or those of a part of the product, beside which those of the next one are rotated.
+
+    Where x is wide, so that this takes long, and as many as make a whole tile for nearly all clusters: then the few
+    multiprocessors that have none rotate.
+    """
+    clusters = multiprocessors // _MANY.cluster
+    rows = -(-matrix.rows // (Plan.rows * _MANY.cluster))  # tiles of a cluster, of all rows
+    blocks = clusters // rows
+    rotates = kind == PLAIN and matrix.cols >= _WIDE and by_warps(matrix.block)
+    return blocks * _MANY.tokens if rotates and blocks * rows > 0.9 * clusters else tokens
+
+
 def make_product(
-    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
+    plan: Plan,
+    tokens: int,
+    kind: int,
+    matrix: Matrix,
+    device: torch.device,
+    gpu: nvrtc.Launcher,
+    beside: bool = False,
 ) -> Product:
-    """For x of that kind, on a GPU whose arch is ARCH."""
+    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is ARCH."""
     tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.clusters <= tiles * col_tiles < (1 << 32) // plan.clusters  # that it multiplies in 32 bits
     blocks = plan.clusters * plan.shape.cluster
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
     return Product(
-        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
         device_table(plan.codec, plan.copies, device, plan.dtype),
         plan.source,
         "prompt",

@@ -13,6 +13,7 @@ from glq.rotation import hartley, odd_part
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
 MADE = 2048  # … of an x that a rotation makes on the way; with more, making it first is as fast
+_BESIDE = 4  # tokens of a warp, beside a product
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
 
@@ -59,7 +60,7 @@ def rotate_pairs(
     source = _source(x.dtype, block, SWIZZLED, True)
     grid = _grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
     tensors = (plain(x).first, signs, tiles, blocks, slots)
-    sizes = (each, len(slots), x.shape[1], len(slots) // most)
+    sizes = (each, len(slots), x.shape[1], len(slots) // most, 0)
     gpu.launch(source, "rotate_many", grid, _ROW_THREADS, 0, *tensors, *sizes)
     return tiles
 
@@ -79,21 +80,28 @@ def rotation(
     held: int,
     layout: int,
     gpu: nvrtc.Launcher,
+    beside: bool = False,
 ) -> Rotation:
-    """Of x [tokens, in_features], as rotate_tiles or, with layout _ROWS, rotate_rows."""
+    """Of x [tokens, in_features], as rotate_tiles or, with layout _ROWS, rotate_rows.
+
+    beside: of a plain x, beside the product ahead (ops/prompt.cu), which takes nearly all of the GPU.
+    """
     col_tiles, blocks = -(-in_features // 64), in_features // block
     out = (tokens, 64 * col_tiles) if layout == _ROWS else (col_tiles, held, 72 if layout == TILES else 64)
     assert kind == PLAIN or makes(block, tokens)
+    assert not beside or (kind == PLAIN and by_warps(block))
     source = _source(dtype, block, layout)
     if not by_warps(block):
         odd = odd_part(block)
         sizes: tuple[int | None, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
-    if kind != PLAIN or tokens <= FEW:
+    if kind != PLAIN or (tokens <= FEW and not beside):
         source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
         return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
-    sizes = (None, None, 1, held, in_features, tokens)
+    sizes = (None, None, 1, held, in_features, tokens, beside)
     grid = _grid_of_rows(tokens, blocks, block, gpu)
+    if beside:  # short blocks, so that all multiprocessors take their share of what is left when the product ends
+        grid = -(-tokens // (_BESIDE * _ROW_THREADS // 32)), blocks
     return Rotation(source, "rotate_many", grid, _ROW_THREADS, 0, out, sizes, 0, gpu)
 
 

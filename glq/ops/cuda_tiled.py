@@ -26,8 +26,30 @@ class Product:
 
     def __call__(self, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
         """x [tokens, in] and the tensors of a PackedLinear → [tokens, out]."""
-        rotated = self.rotation(x, signs)
         y = x.first.new_empty(self.sizes[0], self.sizes[2])
+        self.put(y, x, codes, scale, signs)
+        return y
+
+    def put(self, y: Tensor, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
+        """The same, to y. What was rotated, which launches that follow may still read."""
+        rotated = self.rotation(x, signs)
         tensors = (codes, rotated, self.table, scale, y, self.gpu.exchange(self.sums))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *tensors, *self.sizes)
+        return rotated
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A product by several, one after the other, of as many tokens each but for the last, which may have fewer."""
+
+    products: tuple[Product, ...]
+
+    def __call__(self, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
+        """x [tokens, in] and the tensors of a PackedLinear → [tokens, out]."""
+        each, _, rows, *_ = self.products[0].sizes
+        y = x.first.new_empty(x.tokens, rows)
+        parts = zip(self.products, y.split(each), x.split(each), strict=True)
+        # Kept, as a rotation would write over what the product beside it reads.
+        rotated = [product.put(own, part, codes, scale, signs) for product, own, part in parts]
+        del rotated
         return y

@@ -16,6 +16,8 @@ from glq.codecs.trellis import Trellis
 from glq.custom_op import custom_op, register_fake
 from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
+from glq.ops.cuda_tiled import Parts
+from glq.ops.cuda_tiled import Product as Tiled
 from glq.ops.inputs import PLAIN, Input, plain
 from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
@@ -179,7 +181,22 @@ def product_for(
         return cuda_decode.make_product(
             cuda_decode.make_plan(tokens, kind, dtype, matrix, gpu), kind, matrix, device, gpu
         )
-    given = (tokens, kind, matrix, device, gpu)
+    size = cuda_prompt.tokens_at_once(tokens, kind, matrix, gpu.multiprocessors)
+    counts = [min(size, tokens - i) for i in range(0, tokens, size)]
+    parts = tuple(_on_hopper(n, kind, dtype, matrix, device, gpu, beside=i > 0) for i, n in enumerate(counts))
+    return parts[0] if len(parts) == 1 else Parts(parts)
+
+
+def _on_hopper(
+    tokens: int,
+    kind: int,
+    dtype: torch.dtype,
+    matrix: Matrix,
+    device: torch.device,
+    gpu: nvrtc.Launcher,
+    beside: bool,
+) -> Tiled:
+    given = (tokens, kind, matrix, device, gpu, beside)
     batch = cuda_batch.make_plan(tokens, dtype, matrix, gpu.multiprocessors)
     if batch:
         return cuda_batch.make_product(batch, *given)

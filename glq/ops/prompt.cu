@@ -78,6 +78,7 @@ __device__ __forceinline__ void bring_run(const Work& work, u8* memory, Barriers
   const int begin = work.begin(own_run()), end = work.begin(own_run() + 1), rank = own_rank();
   int ahead = 0;  // units brought whose releases were not waited for
   wait_for_previous();
+  let_next_start();  // not at once: a rotation that runs beside this relies on all that was complete when this had its x
   int tile = begin / work.col_tiles, col = begin % work.col_tiles;
   #pragma unroll 1
   for (int i = 0; i < end - begin; ++tile, col = 0) {
@@ -347,7 +348,6 @@ __device__ __forceinline__ void multiply_run(const Work& work, u8* memory, const
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 prompt(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed, int tokens, int padded, int rows, int row_tiles, int col_tiles) {
   extern __shared__ __align__(1024) u8 memory[];
-  let_next_start();
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   Barriers* const barriers = (Barriers*)(memory + BARRIERS_AT);
   const bool brings = threadIdx.x == 32 * WARPS;

@@ -147,3 +147,5 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// What was complete when this kernel began, which does not wait for the one ahead.
+__device__ __forceinline__ void see_what_is_complete() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

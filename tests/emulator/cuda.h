@@ -172,6 +172,7 @@ static u32 lower16(u32 w) { return w & 0xFFFF; }
 static u32 upper16(u32 w) { return w >> 16; }
 static void let_next_start() {}
 static void wait_for_previous() {}
+static void see_what_is_complete() {}
 static float from_half(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 static float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 static u16 to_half(float v) { const _Float16 h = (_Float16)v; u16 r; std::memcpy(&r, &h, 2); return r; }
