@@ -7,7 +7,7 @@ import torch
 from emulator import Emulator
 from torch.nn.functional import silu
 
-from glq.ops import cuda_decode
+from glq.ops import cuda_decode, cuda_rotate
 from glq.ops.cuda_combine import combine
 from glq.ops.cuda_rotate import FRAGMENTS, SWIZZLED, TILES, rotate_tiles
 from glq.ops.fused_matmul import norm_matmul, normed, silu_matmul, try_out
@@ -100,10 +100,11 @@ def test_one_token_where_shared_memory_is_small():
 
 
 @emulated
-@pytest.mark.parametrize("kind", [SILU, NORM])
+@pytest.mark.parametrize(("kind", "few"), [(SILU, 32), (SILU, 0), (NORM, 32)])
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
-@pytest.mark.parametrize("block", [256, 1280])
-def test_rotation_of_what_is_made(kind, layout, block):
+@pytest.mark.parametrize("block", [256, 1280, 2048])
+def test_rotation_of_what_is_made(kind, few, layout, block, monkeypatch):
+    monkeypatch.setattr(cuda_rotate, "FEW_OF_SILU", few)
     a, b = halves(19, 2 * block, torch.float16)
     weight, signs = torch.randn(2 * block).half(), torch.randint(0, 256, (block // 4,), dtype=torch.uint8)
     x = made(kind, a, b, weight)

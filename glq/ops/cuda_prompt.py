@@ -12,7 +12,7 @@ from glq.codecs.nested import NestedE8
 from glq.ops.cuda_rotate import FRAGMENTS, by_warps, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.cuda_tiled import Product
-from glq.ops.inputs import PLAIN
+from glq.ops.inputs import NORM
 from glq.ops.matrix import Matrix
 
 ARCH = 90  # the one that has these instructions
@@ -115,7 +115,7 @@ def tokens_at_once(tokens: int, kind: int, matrix: Matrix, multiprocessors: int)
     clusters = multiprocessors // _MANY.cluster
     rows = -(-matrix.rows // (Plan.rows * _MANY.cluster))  # tiles of a cluster, of all rows
     blocks = clusters // rows
-    rotates = kind == PLAIN and matrix.cols >= _WIDE and by_warps(matrix.block)
+    rotates = kind != NORM and matrix.cols >= _WIDE and by_warps(matrix.block)
     return blocks * _MANY.tokens if rotates and blocks * rows > 0.9 * clusters else tokens
 
 

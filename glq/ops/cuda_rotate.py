@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.ops.inputs import PLAIN, Input, plain
+from glq.ops.inputs import NORM, PLAIN, SILU, Input, plain
 from glq.rotation import hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
+_HEADERS = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation"))
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
-MADE = 2048  # … of an x that a rotation makes on the way; with more, making it first is as fast
+FEW_OF_SILU = 32  # … of silu(first) · second
+MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first
 _BESIDE = 4  # tokens of a warp, beside a product
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
@@ -27,19 +29,19 @@ class Rotation:
     threads: int
     shared: int
     out: tuple[int, ...]  # shape of what is written
-    sizes: tuple[int | None, ...]  # the last arguments
+    sizes: tuple[int, ...]  # the last arguments
     odd: int  # part of a block that warps do not divide, or 0
     gpu: nvrtc.Launcher
 
     def __call__(self, x: Input, signs: Tensor) -> Tensor:
         out = x.first.new_empty(self.out)
-        given: tuple[Tensor | int, ...]
+        given: tuple[Tensor | int | None, ...]
         if self.name == "rotate_few":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
             given = (x.first, signs, hartley(self.odd, torch.float32, x.device), out)
         else:
-            given = (x.first, signs, out)
+            given = (x.first, x.second, signs, out, None, None, 1, x.first.stride(0))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *given, *self.sizes)
         return out
 
@@ -57,10 +59,11 @@ def rotate_pairs(
     blocks [1 + most] and slots [tokens · most] int32, as route.cu writes them; what is beyond, or −1, is not read.
     """
     tiles, most = x.new_empty(x.shape[1] // 64, len(slots), 64), len(blocks) - 1
-    source = _source(x.dtype, block, SWIZZLED, True)
+    source = _source(x.dtype, PLAIN, block, SWIZZLED, True)
     grid = _grid_of_rows(len(slots), x.shape[1] // block, block, gpu)
-    tensors = (plain(x).first, signs, tiles, blocks, slots)
-    sizes = (each, len(slots), x.shape[1], len(slots) // most, 0)
+    x = plain(x).first
+    tensors = (x, x, signs, tiles, blocks, slots)
+    sizes = (each, x.shape[1], len(slots), x.shape[1], len(slots) // most, 0)
     gpu.launch(source, "rotate_many", grid, _ROW_THREADS, 0, *tensors, *sizes)
     return tiles
 
@@ -84,21 +87,22 @@ def rotation(
 ) -> Rotation:
     """Of x [tokens, in_features], as rotate_tiles or, with layout _ROWS, rotate_rows.
 
-    beside: of a plain x, beside the product ahead (ops/prompt.cu), which takes nearly all of the GPU.
+    beside: of x that is not normed, beside the product ahead (ops/prompt.cu), which takes nearly all of the GPU.
     """
     col_tiles, blocks = -(-in_features // 64), in_features // block
     out = (tokens, 64 * col_tiles) if layout == _ROWS else (col_tiles, held, 72 if layout == TILES else 64)
     assert kind == PLAIN or makes(block, tokens)
-    assert not beside or (kind == PLAIN and by_warps(block))
-    source = _source(dtype, block, layout)
+    assert not beside or (kind != NORM and by_warps(block))
     if not by_warps(block):
         odd = odd_part(block)
-        sizes: tuple[int | None, ...] = (held, in_features, block, odd)
+        source = _source(dtype, PLAIN, block, layout)
+        sizes: tuple[int, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
-    if kind != PLAIN or (tokens <= FEW and not beside):
+    few = {PLAIN: FEW, SILU: FEW_OF_SILU}.get(kind, tokens)
+    if tokens <= few and not beside:
         source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
         return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
-    sizes = (None, None, 1, held, in_features, tokens, beside)
+    source, sizes = _source(dtype, kind, block, layout), (held, in_features, tokens, beside)
     grid = _grid_of_rows(tokens, blocks, block, gpu)
     if beside:  # short blocks, so that all multiprocessors take their share of what is left when the product ends
         grid = -(-tokens // (_BESIDE * _ROW_THREADS // 32)), blocks
@@ -106,21 +110,20 @@ def rotation(
 
 
 @lru_cache(4096)
-def _source(dtype: torch.dtype, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
-    files = (*(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "rotation")), "ops/rotate.cu")
-    return nvrtc.Source(files, (*_macros(dtype, block, layout), ("GATHER", int(gather))))
+def _source(dtype: torch.dtype, kind: int, block: int, layout: int, gather: bool = False) -> nvrtc.Source:
+    macros = (*_macros(dtype, kind, block, layout), ("GATHER", int(gather)))
+    return nvrtc.Source((*_HEADERS, "ops/rotate.cu"), macros)
 
 
 @lru_cache(4096)
 def _source_of_few(dtype: torch.dtype, kind: int, block: int, layout: int) -> nvrtc.Source:
-    files = (*(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation")), "ops/rotate_few.cu")
-    return nvrtc.Source(files, (*_macros(dtype, block, layout), ("INPUT", kind)))
+    return nvrtc.Source((*_HEADERS, "ops/rotate_few.cu"), _macros(dtype, kind, block, layout))
 
 
-def _macros(dtype: torch.dtype, block: int, layout: int) -> tuple[tuple[str, int], ...]:
+def _macros(dtype: torch.dtype, kind: int, block: int, layout: int) -> tuple[tuple[str, int], ...]:
     """Those of ops/rotation.cuh."""
     chunks = block // 256 if by_warps(block) else 1
-    return ("BF16", int(dtype == torch.bfloat16)), ("CHUNKS", chunks), ("LAYOUT", layout)
+    return ("BF16", int(dtype == torch.bfloat16)), ("INPUT", kind), ("CHUNKS", chunks), ("LAYOUT", layout)
 
 
 def _grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> tuple[int, int]:

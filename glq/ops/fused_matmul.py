@@ -105,7 +105,7 @@ def try_out(product: Callable[[Input, PackedLinear], Tensor], device: torch.devi
 
     With one token, blocks of threads have parts of a row of W here, so parts of x to rotate, but all of it to norm.
     """
-    for tokens, cols in ((1, 8192), (3, 256), (cuda_rotate.MADE + 1, 256)):
+    for tokens, cols in ((1, 8192), (3, 256), (129, 256), (cuda_rotate.MADE + 1, 256)):
         shape = packed_shapes("trellis-2", 128, cols)["codes"]
         codes = torch.arange(math.prod(shape), device=device).to(torch.uint8).view(shape)
         scale = torch.linspace(0.5, 2, 128, device=device).half()

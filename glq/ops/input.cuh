@@ -42,7 +42,7 @@ struct Eight {
       unpack_signed(gate, x, 0);
       unpack_signed(v, other, negative);
       #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] *= gate[i] / (1 + exp2f(-1.4426950f * gate[i]));
+      for (int i = 0; i < 8; ++i) v[i] *= silu(gate[i]);
     }
     if (INPUT == NORM) {
       float more[8], by[8];

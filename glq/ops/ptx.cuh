@@ -116,6 +116,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return r;
 }
 __device__ __forceinline__ u32 pack16(float low, float high) { return BF16 ? pack_bf16(low, high) : pack_half(low, high); }
+// v / (1 + e⁻ᵛ), as exact as fp32 but for the last bits.
+__device__ __forceinline__ float silu(float v) {
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950f * v));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1 + e));
+  return v * r;
+}
 // d [16, 8] = c + a [16, 16] · b [16, 8], each lane with its fragments, in bf16 or fp16.
 #define GLQ_MMA(TYPE) \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};" \

@@ -48,12 +48,12 @@ static constexpr bool HOPPER = __CUDA_ARCH__ == 900;
 // Blocks of threads, as many as there are registers for.
 static constexpr int TOGETHER = CHUNKS > 5 ? 3 : CHUNKS > 3 ? 4 : CHUNKS > 1 ? 5 : 10;
 
-// The same where width is 256 · CHUNKS: a warp has one token at a time (rotation.cuh).
+// The same where width is 256 · CHUNKS: a warp has one token at a time (rotation.cuh). Rows of x, or of x and other in SILU, lie `stride` apart.
 // GATHER: token i is row pairs[i] / each of x, or none (−1), up to blocks[0] times `tokens`.
 // beside: it runs beside the product ahead, which let it start when it had an x of its own, so all of x was complete. Its last block waits for that product, too: who
 // waits for this may rely on both.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TOGETHER)
-rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const int* pairs, int each, int held, int cols, int tokens, int beside) {
+rotate_many(const u16* x, const u16* other, const u8* signs, u16* out, const int* blocks, const int* pairs, int each, int stride, int held, int cols, int tokens, int beside) {
   let_next_start();
   const int start = blockIdx.y * WIDTH, step = gridDim.x * WARPS;
   TokenRotation own(threadIdx.x % 32);
@@ -66,13 +66,13 @@ rotate_many(const u16* x, const u8* signs, u16* out, const int* blocks, const in
     while (GATHER && token < tokens && pairs[token] < 0);
     return token;
   };
-  auto at = [&](int token) { return x + (size_t)(GATHER ? pairs[token] / each : token) * cols + start; };
+  auto at = [&](int token) { return Row{x + (size_t)(GATHER ? pairs[token] / each : token) * stride + start, other - x}; };
   int token = advance(blockIdx.x * WARPS + uniform(threadIdx.x / 32) - step);
   if (token < tokens) own.request(at(token));
   #pragma unroll 1
   while (token < tokens) {
     const int next = advance(token);
-    own.rotate(at(next < tokens ? next : token), out, start, token, held, cols / 64);
+    own.rotate(at(token), at(next < tokens ? next : token), out, start, token, held, cols / 64);
     token = next;
   }
   if (HOPPER && beside && blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) wait_for_previous();

@@ -3,7 +3,7 @@
 // x as it is in memory is an operand of tensor cores: a lane has four pairs of each 256 columns, 16 bytes. A product transforms along four bits of a column's
 // number: 0, one of 1 and 2, and those by which lanes of four differ, 3 and 5. A second one, of its sums in tf32, transforms along the others: 4, 6 and 7,
 // and KEPT, the other one of 1 and 2, which tells two products apart. Across chunks a lane has all values.
-// Macros: CHUNKS; LAYOUT, of what is written: TILES of 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart;
+// Macros, besides that of input.cuh: CHUNKS; LAYOUT, of what is written: TILES of 64 columns for decode.cu, in rows of 72, of which the last 8 keep banks apart;
 // SWIZZLED and FRAGMENTS, in rows of 64, ordered and swizzled for prefill.cu and batch.cu; ROWS, x as it was.
 
 static constexpr int TILES = 0, SWIZZLED = 1, FRAGMENTS = 2;
@@ -75,11 +75,20 @@ struct Columns {
   }
 };
 
+// Chunks of a token on their way, for which there are registers: a divisor of CHUNKS, so that each has its own.
+static constexpr int UNDER_WAY = INPUT == PLAIN || CHUNKS <= 4 ? CHUNKS : CHUNKS % 4 == 0 ? 4 : CHUNKS % 3 == 0 ? 3 : CHUNKS;
+
+// A token's columns that a warp rotates.
+struct Row {
+  const u16* x;
+  long long other;  // from x to what it is multiplied by, in SILU
+};
+
 struct TokenRotation {
   Sylvester by;
   int first;
   u32 negative[CHUNKS][4];
-  uint4 raw[CHUNKS];
+  uint4 raw[UNDER_WAY], other[INPUT == PLAIN ? 1 : UNDER_WAY];
 
   __device__ __forceinline__ TokenRotation(int lane) : by(lane), first(first_column(lane)) {}
   // signs: of the block's columns.
@@ -94,19 +103,28 @@ struct TokenRotation {
       }
     }
   }
-  // x: the block's columns of a token.
-  __device__ __forceinline__ void request(const u16* x, int chunk) { load_now(raw[chunk], (const uint4*)(x + first + 256 * chunk)); }
-  __device__ __forceinline__ void request(const u16* x) {
-    #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) request(x, c);
+  __device__ __forceinline__ void request(const Row& row, int chunk) {
+    const u16* const from = row.x + first + 256 * chunk;
+    load_now(raw[chunk % UNDER_WAY], (const uint4*)from);
+    if (INPUT != PLAIN) load_now(other[chunk % UNDER_WAY], (const uint4*)(from + row.other));
   }
-  // Of the token whose x is there, to columns from `start` on of out [column tiles][held] tokens; next: x of the one that is requested then.
-  __device__ __forceinline__ void rotate(const u16* next, u16* out, int start, int token, int held, int tiles) {
+  __device__ __forceinline__ void request(const Row& row) {
+    #pragma unroll
+    for (int c = 0; c < UNDER_WAY; ++c) request(row, c);
+  }
+  // Two columns, to be rotated.
+  __device__ __forceinline__ u32 made(u32 x, u32 by) const {
+    if (INPUT == PLAIN) return x;
+    return pack16(silu(from16((u16)x)) * from16((u16)by), silu(from16((u16)(x >> 16))) * from16((u16)(by >> 16)));
+  }
+  // Of the token whose first chunks are there, to columns from `start` on of out [column tiles][held] tokens; next: the one that is requested then.
+  __device__ __forceinline__ void rotate(const Row& row, const Row& next, u16* out, int start, int token, int held, int tiles) {
     const float none[4] = {};
     float v[2][4][CHUNKS];  // without KEPT and with it
     #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-      const u32 w[4] = {raw[c].x ^ negative[c][0], raw[c].y ^ negative[c][1], raw[c].z ^ negative[c][2], raw[c].w ^ negative[c][3]};
+      const uint4 x = raw[c % UNDER_WAY], y = other[INPUT == PLAIN ? 0 : c % UNDER_WAY];
+      const u32 w[4] = {made(x.x, y.x) ^ negative[c][0], made(x.y, y.y) ^ negative[c][1], made(x.z, y.z) ^ negative[c][2], made(x.w, y.w) ^ negative[c][3]};
       #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float d[4];
@@ -114,7 +132,8 @@ struct TokenRotation {
         #pragma unroll
         for (int i = 0; i < 4; ++i) v[h][i][c] = d[i];
       }
-      request(next, c);
+      if (c + UNDER_WAY < CHUNKS) request(row, c + UNDER_WAY);
+      else request(next, c + UNDER_WAY - CHUNKS);
     }
     #pragma unroll
     for (int i = 0; i < 8; ++i) across<CHUNKS>(v[i / 4][i % 4]);

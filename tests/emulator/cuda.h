@@ -184,6 +184,7 @@ static u16 to16(float v) { return to_bf16(v); }
 static float from16(u16 v) { return from_half(v); }
 static u16 to16(float v) { return to_half(v); }
 #endif
+static float silu(float v) { return v / (1 + std::exp(-v)); }
 static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 static u32 pack16(float low, float high) { return to16(low) | (u32)to16(high) << 16; }
