@@ -337,7 +337,7 @@ def plans(arch, names):
     gpu = Emulator(132, SHARED_MEMORY.get(arch, 100) * 1024)
     for name in names:
         for tokens in (1, 8, 16, max_tokens(arch)):
-            for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336)):
+            for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)):
                 for kind in (PLAIN, SILU, NORM):
                     matrix = Matrix(name, torch.float16, rows, cols, 2048)
                     plan = make_plan(tokens, kind, torch.float16, matrix, gpu)

@@ -1,6 +1,7 @@
 """Products that make their x: on a CPU that plays the GPU, and on a GPU where there is one."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,31 @@ def test_blocks_that_have_parts_of_a_row_norm_all_of_it(multiprocessors, cols):
 
 
 @emulated
+@pytest.mark.parametrize("multiprocessors", [7, 8, 11, 16])
+@pytest.mark.parametrize("kind", [SILU, NORM])
+def test_a_block_has_the_columns_that_it_needs_side_by_side(multiprocessors, kind):
+    """Where all do not fit: of one row of tiles, or of the end of one and the beginning of the next."""
+    gpu = Emulator(multiprocessors)
+    a, b = halves(1, 4096, torch.float16)
+    weight, w = torch.randn(4096).half(), packed("trellis-4", 200, 4096, 256)
+    matrix = Matrix(w.codec, w.scale.dtype, w.out_features, w.in_features, w.block)
+    plan = cuda_decode.make_plan(1, kind, torch.float16, matrix, gpu)
+    plan = replace(plan, packed=cuda_decode._needed(plan, matrix, multiprocessors))
+    assert 0 < plan.packed < 4096
+    x = made(kind, a, b, weight)
+    y = cuda_decode.make_product(plan, kind, matrix, x.device, gpu)(x, w.codes, w.scale, w.signs)
+    assert error(y, kind, a, b, weight, w) < 2
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(8192, 28672), (5120, 17408), (3584, 18944)])
+def test_a_wide_x_leaves_room_for_the_table(rows, cols):
+    matrix = Matrix("trellis-3", torch.float16, rows, cols, 512)
+    plan = cuda_decode.make_plan(1, SILU, torch.float16, matrix, Emulator(132))
+    assert plan.copies == 32  # so that no two lanes meet
+    assert plan.block == 512
+
+
+@emulated
 @pytest.mark.parametrize("kind", [SILU, NORM])
 @pytest.mark.parametrize("tokens", [2, 16])
 def test_some_tokens(kind, tokens):
@@ -93,7 +119,7 @@ def test_some_tokens(kind, tokens):
 @emulated
 def test_one_token_where_shared_memory_is_small():
     """The rotation gets a launch of its own, which makes x then."""
-    gpu = Emulator(3, shared_memory=70 * 1024)
+    gpu = Emulator(1, shared_memory=70 * 1024)
     matrix = Matrix("trellis-4", torch.float16, 70, 64 * 448, 2048)
     assert cuda_decode.make_plan(1, NORM, torch.float16, matrix, gpu).block == 0
     check(NORM, "trellis-4", 1, 70, 64 * 448, 2048, torch.float16, gpu)
@@ -122,6 +148,7 @@ def test_how_many_tokens_are_made():
     other.arch = 89
     made = [makes_input("trellis-2", tokens, 2048, hopper) for tokens in (1, 64, 65, 2048, 2049)]
     assert made == [True, True, True, True, False]
+    assert [makes_input("trellis-2", tokens, 2048, hopper, NORM) for tokens in (384, 385)] == [True, False]
     for codec, gpu, most in (("trellis-2", other, 64), ("nested-3", hopper, 128), ("e8-3.5", hopper, 1024)):
         assert [makes_input(codec, tokens, 2048, gpu) for tokens in (1, most, most + 1)] == [True, True, False]
     assert not makes_input("trellis-2", 1, 96, hopper)

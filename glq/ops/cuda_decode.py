@@ -1,6 +1,6 @@
 """The product with few tokens on an NVIDIA GPU: launches ops/decode.cu."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -31,6 +31,7 @@ class Plan:
     copies: int  # of the table in shared memory
     block: int  # width of the rotation, in the kernel; 0: x comes rotated
     input: int = PLAIN  # what x is made of, in the kernel
+    packed: int = 0  # columns of x that a block has then, side by side; 0: all, in their places
 
     @property
     def token_tiles(self) -> int:
@@ -67,7 +68,7 @@ class Plan:
         """Bytes of what warps add up, in whose place x is rotated before; and of x, of which two units are held."""
         warps = self.wr * self.wk
         sums = 4 * max(64 * min(self.tokens, 8) * warps, (256 + (self.input == NORM)) * warps if self.block else 0)
-        return sums, 2 * cols if self.block else 2 * 2 * self.wk * self.held * 72
+        return sums, 2 * (self.packed or cols) if self.block else 2 * 2 * self.wk * self.held * 72
 
     @cached_property
     def source(self) -> nvrtc.Source:
@@ -82,6 +83,7 @@ class Plan:
             BLOCK=self.block,
             FAR=self.far,
             INPUT=self.input,
+            PACKED=int(self.packed > 0),
         )
         parts = ("hadamard", "input", "exchange", "units", "one_token")
         return nvrtc.Source((*decoder(self.codec), *(f"ops/{name}.cuh" for name in parts), "ops/decode.cu"), defined)
@@ -111,13 +113,23 @@ def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: n
         shapes.insert(0, (8, 2))
     elif tokens <= 16 and matrix.rows >= 16384:
         shapes.insert(0, (4, 4))
-    for copies, (wr, wk) in product((copies_in(codec, size) for size in (128, 64, 32)), shapes):
+    for copies, (wr, wk), packed in product((copies_in(codec, size) for size in (128, 64, 32)), shapes, (False, True)):
         plan = Plan(codec, dtype, matrix.scale, tokens, wr, wk, copies, width, kind if width else PLAIN)
+        if packed:
+            plan = replace(plan, packed=_needed(plan, matrix, gpu.multiprocessors))
         if plan.fits(64 * col_tiles, gpu):
             return plan
     if width == 0:
         raise GlqError(f"the kernel for {tokens} tokens needs more shared memory than this GPU has")
     return make_plan(tokens, kind, dtype, matrix._replace(block=1), gpu)  # rotated in a launch of its own
+
+
+def _needed(plan: Plan, matrix: Matrix, multiprocessors: int) -> int:
+    """Columns of x that a block needs at most, which rotates them; 0 if it may need some of them twice, or all."""
+    row_tiles, col_tiles = matrix.tiles
+    units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
+    columns = -(-units // min(units, multiprocessors)) * plan.wk * 64 + 2 * plan.block
+    return columns if plan.block and columns <= matrix.cols else 0
 
 
 @dataclass(frozen=True, eq=False)

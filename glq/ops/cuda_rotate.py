@@ -14,7 +14,8 @@ TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, pref
 _HEADERS = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation"))
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
 FEW_OF_SILU = 32  # … of silu(first) · second
-MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first
+MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first …
+NORMED = 384  # … as is a normed one
 _BESIDE = 4  # tokens of a warp, beside a product
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
@@ -91,7 +92,7 @@ def rotation(
     """
     col_tiles, blocks = -(-in_features // 64), in_features // block
     out = (tokens, 64 * col_tiles) if layout == _ROWS else (col_tiles, held, 72 if layout == TILES else 64)
-    assert kind == PLAIN or makes(block, tokens)
+    assert kind == PLAIN or makes(kind, block, tokens)
     assert not beside or (kind != NORM and by_warps(block))
     if not by_warps(block):
         odd = odd_part(block)
@@ -134,9 +135,9 @@ def _grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> t
     return -(-most // (turns * warps)), columns
 
 
-def makes(block: int, tokens: int) -> bool:
-    """Whether a rotation makes an x that is not plain, too."""
-    return by_warps(block) and tokens <= MADE
+def makes(kind: int, block: int, tokens: int) -> bool:
+    """Whether a rotation makes an x of that kind, too."""
+    return by_warps(block) and tokens <= (NORMED if kind == NORM else MADE)
 
 
 def by_warps(block: int) -> bool:

@@ -4,7 +4,8 @@
 // as many runs as there are blocks. A block sums a run in registers, and adds up in shared memory what the WK warps of a row
 // have. Where a run ends inside a group of rows, its part goes to the block that has the group's end (exchange.cuh), which
 // always adds up in the same order.
-// Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads).
+// Macros, besides those of one_token.cuh: FAR (units whose codes are requested into the L2 cache ahead of their loads); PACKED, if BLOCK > 0: whether a block has the
+// columns of x that its run needs side by side. That run is so much shorter than a row that none of them is needed twice.
 
 // Threads beside these that registers are left for: those of the next rotation, which can start early. (Lattices have none to leave on later GPUs, and with 9 to
 // 16 tokens trellis-2.75 lacks one.)
@@ -73,7 +74,7 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
     if (NT == 1) request_scales(scale, head * ROWS, min((quotient(end - 1, by_row) + 1) * ROWS, rows) - head * ROWS, FILLERS);
   };
 #if BLOCK
-  rotate_for<FILLERS / 32>(work, ku, end - begin, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols, make_ready, load_first);
+  rotate_for<FILLERS / 32, PACKED>(work, ku, end - begin, (u16*)xs, sums, Input(x, other, weight, total, eps, stride, 0, cols), signs, cols, make_ready, load_first);
 #else
   make_ready();
   wait_for_previous();
@@ -92,11 +93,15 @@ decode(const u8* codes, const u16* x, const u16* other, const u16* weight, u16* 
   #pragma unroll
   for (int i = 0; i < 4 * NT * 4; ++i) (&acc[0][0][0])[i] = 0;
 
+#if BLOCK
+  u32 row_x = shared_address(xs) - (PACKED ? 512 * first_chunk(ku) : 0);  // where a row's x would begin
+#endif
   bool later = false;
   for (int unit = begin; unit < end; ++group, ku = 0) {
     const int row_end = unit - ku + per_row, stop = min(end, row_end);
 #if BLOCK
-    u32 own_x = shared_address(xs) + 128 * (ku * WK + wk) + 32 * t;
+    u32 own_x = row_x + 128 * (ku * WK + wk) + 32 * t;
+    if (PACKED) row_x += 2 * cols;
 #else
     const u32 own_x = shared_address(xs) + (wk * held + min(g, held - 1)) * X_STRIDE * 2 + 32 * t;
 #endif

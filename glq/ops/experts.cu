@@ -94,7 +94,7 @@ experts(const u8* codes, const u16* x, const u8* signs, const int* order, const 
   const int head = begin / per_row, shared_from = work.owner(head * per_row);  // the first block that has a part of the head
   int ku = begin - head * per_row, segment = head / groups, group = head - segment * groups;
 #if BLOCK
-  rotate_for<0>(work, ku, end - begin, (u16*)xs, sums, Input(x, x, x, nullptr, 0, 0, 0, 0), signs, col_tiles * 64, [] {}, [] {});
+  rotate_for<0, false>(work, ku, end - begin, (u16*)xs, sums, Input(x, x, x, nullptr, 0, 0, 0, 0), signs, col_tiles * 64, [] {}, [] {});
 #else
   auto stage = [&](int unit, int segment, int col) {  // x of a unit on its way to shared memory
     const Segment& s = pairs.segments[segment];

@@ -18,7 +18,7 @@ from glq.errors import GlqError
 from glq.ops import cuda_batch, cuda_combine, cuda_decode, cuda_dequantize, cuda_prompt, cuda_rotate
 from glq.ops.cuda_tiled import Parts
 from glq.ops.cuda_tiled import Product as Tiled
-from glq.ops.inputs import PLAIN, Input, plain
+from glq.ops.inputs import PLAIN, SILU, Input, plain
 from glq.ops.matrix import Matrix
 from glq.packed import PackedLinear, decode_matrix, packed_shapes, unpack_signs
 from glq.rotation import rotate
@@ -135,9 +135,9 @@ def _most_tokens(codec: str, gpu: nvrtc.Launcher) -> int:
     return max(cuda_batch.MOST, cuda_prompt.most_tokens(get_codec(codec)))
 
 
-def makes_input(codec: str, tokens: int, block: int, gpu: nvrtc.Launcher) -> bool:
-    """Whether so many tokens of an x that is not plain are made while they are rotated, at no launch of their own."""
-    return cuda_rotate.makes(block, tokens) and tokens <= _most_tokens(codec, gpu)
+def makes_input(codec: str, tokens: int, block: int, gpu: nvrtc.Launcher, kind: int = SILU) -> bool:
+    """Whether so many tokens of an x of that kind are made while they are rotated, at no launch of their own."""
+    return cuda_rotate.makes(kind, block, tokens) and tokens <= _most_tokens(codec, gpu)
 
 
 def cuda_matmul(
@@ -164,7 +164,7 @@ def product_for(
     if cuda_dequantize.in_own_basis(matrix.codec, matrix.rows, matrix.block, tokens):
         most = min(most, _many_in_own_basis(matrix.rows) - 1)
     dequantized = tokens > most
-    if kind != PLAIN and (dequantized or not makes_input(matrix.codec, tokens, matrix.block, gpu)):
+    if kind != PLAIN and (dequantized or not makes_input(matrix.codec, tokens, matrix.block, gpu, kind)):
         multiply = product_for(tokens, PLAIN, dtype, matrix, device, gpu)
         return lambda x, *weight: multiply(plain(cuda_combine.combine(x, gpu)), *weight)
     if dequantized:

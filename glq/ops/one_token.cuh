@@ -6,8 +6,8 @@ static constexpr int SQUARES_AT = 256 * WARPS, SCRATCH = BLOCK ? SQUARES_AT + (I
 #if BLOCK
 // One token of `cols` columns, which the kernel ahead may have made, into shared memory, in the order of its columns. Of its chunks of 256 columns those from
 // `first` up to `chunks` and those up to `end`, all of them whole blocks of the rotation. scratch: SCRATCH floats. The first OTHERS warps have no chunks:
-// they do what is to be done `meanwhile`. before_others: what each warp does before it waits for others.
-template <int OTHERS, typename F, typename G>
+// they do what is to be done `meanwhile`. before_others: what each warp does before it waits for others. SIDE_BY_SIDE: so lies what is rotated, else in its place.
+template <int OTHERS, bool SIDE_BY_SIDE, typename F, typename G>
 __device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& input, const u8* signs, int cols, int chunks, int first, int end, F meanwhile, G before_others) {
   constexpr int CHUNKS = BLOCK / 256, AT_ONCE = WARPS / CHUNKS * CHUNKS, TAKERS = WARPS - OTHERS, EACH = (AT_ONCE + TAKERS - 1) / TAKERS;
   static_assert(BLOCK % 256 == 0 && AT_ONCE > 0, "a block takes a whole number of warps");
@@ -67,21 +67,23 @@ __device__ __forceinline__ void rotate(u16* xs, float* scratch, const Input& inp
       }
       across<CHUNKS>(v[0]);
       across<CHUNKS>(v[1]);
-      u16* const to = xs + col_of(start + i / 256 * CHUNKS) + i % 256;
+      const int chunk = start + i / 256 * CHUNKS;
+      u16* const to = xs + (SIDE_BY_SIDE ? 256 * chunk : col_of(chunk)) + i % 256;
       #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) *(u32*)(to + 256 * c) = pack16(v[0][c] * by, v[1][c] * by);
     }
     __syncthreads();
   }
 }
-// The columns that a run of `length` units needs, of which the first is the from-th of its row.
-template <int OTHERS, typename F, typename G>
+// The first chunk of columns that a run needs, whose first unit is the from-th of its row.
+__device__ __forceinline__ int first_chunk(int from) { return from * WK * 64 / BLOCK * (BLOCK / 256); }
+// All that a run of `length` units needs.
+template <int OTHERS, bool SIDE_BY_SIDE, typename F, typename G>
 __device__ __forceinline__ void rotate_for(const Work& work, int from, int length, u16* xs, float* scratch, const Input& input, const u8* signs, int cols, F meanwhile, G before_others) {
   constexpr int CHUNKS = BLOCK / 256;
   const int chunks = cols / 256;
-  const int first = from * WK * 64 / BLOCK * CHUNKS;
   const int past = (min(from + length, work.per_row) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;  // of the first row
   const int wrapped = (max(from + length - work.per_row, 0) * WK * 64 + BLOCK - 1) / BLOCK * CHUNKS;
-  rotate<OTHERS>(xs, scratch, input, signs, cols, min(past, chunks), first, wrapped, meanwhile, before_others);
+  rotate<OTHERS, SIDE_BY_SIDE>(xs, scratch, input, signs, cols, min(past, chunks), first_chunk(from), wrapped, meanwhile, before_others);
 }
 #endif
