@@ -148,7 +148,7 @@ def test_how_many_tokens_are_made():
     other.arch = 89
     made = [makes_input("trellis-2", tokens, 2048, hopper) for tokens in (1, 64, 65, 2048, 2049)]
     assert made == [True, True, True, True, False]
-    assert [makes_input("trellis-2", tokens, 2048, hopper, NORM) for tokens in (384, 385)] == [True, False]
+    assert [makes_input("trellis-2", tokens, 2048, hopper, NORM) for tokens in (512, 513)] == [True, False]
     for codec, gpu, most in (("trellis-2", other, 64), ("nested-3", hopper, 128), ("e8-3.5", hopper, 1024)):
         assert [makes_input(codec, tokens, 2048, gpu) for tokens in (1, most, most + 1)] == [True, True, False]
     assert not makes_input("trellis-2", 1, 96, hopper)

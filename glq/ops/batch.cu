@@ -165,15 +165,15 @@ __device__ __forceinline__ void add_up(const float4* sums, const float* scales, 
 }
 
 // x [column tiles][padded tokens][64] as rotate.cu has FRAGMENTS; codes, scale and y as in decode.cu. handed: [tiles][PARTS - 1][ROWS · TOKENS] EMPTY,
-// which it is again at the end.
+// which it is again at the end. first_tile: of y, of the grid.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 batch(const u8* codes, const u16* x, const u32* table, const void* scale, u16* y, float* handed,
-      int tokens, int padded, int rows, int row_tiles, int col_tiles) {
+      int tokens, int padded, int rows, int row_tiles, int col_tiles, int first_tile) {
   extern __shared__ __align__(1024) u8 memory[];
   if (refuses(memory, y, (size_t)tokens * rows)) return;
   Filler<THREADS> filler(table);
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), group = warp / 4, wk = group % WK, wr = group / WK;
-  const int row_tile = blockIdx.y * (ROWS / 64), token = blockIdx.x / PARTS * TOKENS, rank = blockIdx.x % PARTS;
+  const int row_tile = (first_tile + blockIdx.y) * (ROWS / 64), token = blockIdx.x / PARTS * TOKENS, rank = blockIdx.x % PARTS;
   const int begin = col_tiles * rank / PARTS;
   const int part = warp % SHARED_BY, of_64 = row_tile + wr * PRODUCTS + warp % 4 / SHARED_BY;
   const int own_tile = ALONE ? min(TALL * of_64 + part, (rows - 1) / 32) : min(of_64, row_tiles - 1);

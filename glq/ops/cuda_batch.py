@@ -10,7 +10,7 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.trellis import Trellis
 from glq.ops.cuda_rotate import FRAGMENTS, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes, with_signs
-from glq.ops.cuda_tiled import Product
+from glq.ops.cuda_tiled import Launch, Product
 from glq.ops.matrix import Matrix
 
 MOST = 128  # tokens
@@ -20,6 +20,7 @@ _BARRIERS = 256  # bytes
 _MAX_STAGES = 12
 _MAX_PARTS = 8  # so that only 18 such kernels and more at a time could wait for each other (batch.cu)
 _SMALL, _SMALLER = 1 << 25, 1 << 24  # weights of a matrix
+_TALLER = 1.75  # what a tile of 256 rows takes of the time of one of 128, with 64 tokens
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,25 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
     if tokens > MOST:
         return None
-    codec, tall = get_codec(matrix.codec), matrix.rows > 128 * multiprocessors  # for all tiles of 128 rows at once
+    codec, tall = get_codec(matrix.codec), _tall(tokens, matrix.rows, multiprocessors)
     shape = _shape(tokens, matrix, codec, tall) if isinstance(codec, Trellis) else _of_lattice(tokens, tall)
     if shape is None:
         return None
     return spread_out(fill(codec, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
+
+
+def _tall(tokens: int, rows: int, multiprocessors: int) -> bool:
+    """Whether tiles have 256 rows: there are too many for all tiles of 128 at once, unless those take less time."""
+    tiles = -(-rows // 128)
+    if tiles <= multiprocessors or not 32 < tokens <= 64:
+        return tiles > multiprocessors
+    return _TALLER * _turns(-(-rows // 256), multiprocessors) <= _turns(tiles, multiprocessors)
+
+
+def _turns(tiles: int, multiprocessors: int) -> float:
+    """Tiles of a multiprocessor, one after the other, where several share what is left of them."""
+    turns, rest = divmod(tiles, multiprocessors)
+    return turns + (1 / min(_MAX_PARTS, multiprocessors // rest) if rest else 0)
 
 
 def _of_lattice(tokens: int, tall: bool) -> Shape:
@@ -124,8 +139,11 @@ def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, par
 
 def spread_out(plan: Plan, tokens: int, matrix: Matrix, multiprocessors: int) -> Plan:
     """The same, with as many blocks for each tile of y as there are multiprocessors for, up to _MAX_PARTS."""
-    parts = multiprocessors // plan.tiles(tokens, matrix.rows)
-    return replace(plan, parts=max(1, min(parts, matrix.tiles[1], _MAX_PARTS)))
+    return replace(plan, parts=_parts(plan.tiles(tokens, matrix.rows), matrix, multiprocessors))
+
+
+def _parts(tiles: int, matrix: Matrix, multiprocessors: int) -> int:
+    return max(1, min(multiprocessors // tiles, matrix.tiles[1], _MAX_PARTS))
 
 
 def make_product(
@@ -137,20 +155,33 @@ def make_product(
     gpu: nvrtc.Launcher,
     beside: bool = False,
 ) -> Product:
-    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is 90."""
-    tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
-    assert plan.parts <= col_tiles
+    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is 90.
+
+    Tiles that are left when all multiprocessors have had one, or several, have a launch of their own, in which several
+    blocks share one.
+    """
     token_blocks = -(-tokens // plan.shape.tokens)
-    padded = token_blocks * plan.shape.tokens
+    padded, rows_of_tiles = token_blocks * plan.shape.tokens, plan.tiles(1, matrix.rows)
+    rest = rows_of_tiles % gpu.multiprocessors if token_blocks == 1 and plan.parts == 1 else 0
+    parts = _parts(rest, matrix, gpu.multiprocessors) if 0 < rest < rows_of_tiles else 1
+    cut = rows_of_tiles - rest if parts > 1 else rows_of_tiles
+    launches = [_launch(plan, tokens, padded, 0, cut, matrix)]
+    if parts > 1:
+        launches.append(_launch(replace(plan, parts=parts), tokens, padded, cut, rest, matrix))
     return Product(
         rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
         device_table(plan.codec, plan.copies, device, plan.dtype),
-        plan.source,
-        "batch",
-        (token_blocks * plan.parts, tiles // token_blocks),
-        plan.shape.threads,
-        plan.shared,
-        tiles * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens,
-        (tokens, padded, matrix.rows, row_tiles, col_tiles),
+        tuple(launches),
         gpu,
     )
+
+
+def _launch(plan: Plan, tokens: int, padded: int, first: int, count: int, matrix: Matrix) -> Launch:
+    """Of `count` tiles below each other, from the first-th on."""
+    row_tiles, col_tiles = matrix.tiles
+    assert plan.parts <= col_tiles
+    token_blocks = padded // plan.shape.tokens
+    grid = (token_blocks * plan.parts, count)
+    sums = token_blocks * count * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens
+    sizes = (tokens, padded, matrix.rows, row_tiles, col_tiles, first)
+    return Launch(plan.source, "batch", grid, plan.shape.threads, plan.shared, sums, sizes)

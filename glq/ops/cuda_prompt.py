@@ -11,7 +11,7 @@ from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
 from glq.ops.cuda_rotate import FRAGMENTS, by_warps, rotation
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
-from glq.ops.cuda_tiled import Product
+from glq.ops.cuda_tiled import Launch, Product
 from glq.ops.inputs import NORM
 from glq.ops.matrix import Matrix
 
@@ -133,15 +133,11 @@ def make_product(
     assert plan.clusters <= tiles * col_tiles < (1 << 32) // plan.clusters  # that it multiplies in 32 bits
     blocks = plan.clusters * plan.shape.cluster
     padded = -(-tokens // plan.shape.tokens) * plan.shape.tokens
+    sums = (blocks if tiles % plan.clusters else 0) * plan.rows * plan.shape.tokens
+    sizes = (tokens, padded, matrix.rows, row_tiles, col_tiles)
     return Product(
         rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
         device_table(plan.codec, plan.copies, device, plan.dtype),
-        plan.source,
-        "prompt",
-        blocks,
-        plan.threads,
-        plan.shared,
-        (blocks if tiles % plan.clusters else 0) * plan.rows * plan.shape.tokens,
-        (tokens, padded, matrix.rows, row_tiles, col_tiles),
+        (Launch(plan.source, "prompt", blocks, plan.threads, plan.shared, sums, sizes),),
         gpu,
     )

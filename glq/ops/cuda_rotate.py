@@ -15,7 +15,7 @@ _HEADERS = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rot
 FEW = 16  # tokens up to which a block of threads for each is faster, as it starts beside the product ahead
 FEW_OF_SILU = 32  # … of silu(first) · second
 MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first …
-NORMED = 384  # … as is a normed one
+NORMED = 512  # … as is a normed one
 _BESIDE = 4  # tokens of a warp, beside a product
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
@@ -40,7 +40,7 @@ class Rotation:
         if self.name == "rotate_few":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
-            given = (x.first, signs, hartley(self.odd, torch.float32, x.device), out)
+            given = (x.first, signs, _hartley(self.odd, x.device), out)
         else:
             given = (x.first, x.second, signs, out, None, None, 1, x.first.stride(0))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *given, *self.sizes)
@@ -98,7 +98,7 @@ def rotation(
         odd = odd_part(block)
         source = _source(dtype, PLAIN, block, layout)
         sizes: tuple[int, ...] = (held, in_features, block, odd)
-        return Rotation(source, "rotate_tiles", (tokens, blocks), 256, 8 * block, out, sizes, odd, gpu)
+        return Rotation(source, "rotate_tiles", (tokens, blocks), 512, 4 * block, out, sizes, odd, gpu)
     few = {PLAIN: FEW, SILU: FEW_OF_SILU}.get(kind, tokens)
     if tokens <= few and not beside:
         source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
@@ -133,6 +133,12 @@ def _grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> t
     resident = warps * (3 if chunks > 5 else 4 if chunks > 3 else 5 if chunks > 1 else 10) * gpu.multiprocessors
     turns = -(-most // max(1, resident // columns))
     return -(-most // (turns * warps)), columns
+
+
+@lru_cache
+def _hartley(size: int, device: torch.device) -> Tensor:
+    """hartley, its rows filled up to multiples of four."""
+    return torch.nn.functional.pad(hartley(size, torch.float32, device), (0, -size % 4)).contiguous()
 
 
 def makes(kind: int, block: int, tokens: int) -> bool:

@@ -9,12 +9,10 @@ from glq.ops.cuda_rotate import Rotation
 from glq.ops.inputs import Input
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """For matrices of one size and one number of tokens: all of its launches but the tensors."""
+@dataclass(frozen=True)
+class Launch:
+    """Of a kernel for one number of tokens, but for the tensors."""
 
-    rotation: Rotation
-    table: Tensor
     source: nvrtc.Source
     name: str
     grid: int | tuple[int, int]
@@ -22,19 +20,34 @@ class Product:
     shared: int
     sums: int  # that blocks hand over
     sizes: tuple[int, ...]  # tokens, padded tokens, rows, …
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """For matrices of one size and one number of tokens: all of its launches but the tensors."""
+
+    rotation: Rotation
+    table: Tensor
+    launches: tuple[Launch, ...]  # each for some of the rows
     gpu: nvrtc.Launcher
 
     def __call__(self, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
         """x [tokens, in] and the tensors of a PackedLinear → [tokens, out]."""
-        y = x.first.new_empty(self.sizes[0], self.sizes[2])
+        tokens, _, rows, *_ = self.sizes
+        y = x.first.new_empty(tokens, rows)
         self.put(y, x, codes, scale, signs)
         return y
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.launches[0].sizes
 
     def put(self, y: Tensor, x: Input, codes: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
         """The same, to y. What was rotated, which launches that follow may still read."""
         rotated = self.rotation(x, signs)
-        tensors = (codes, rotated, self.table, scale, y, self.gpu.exchange(self.sums))
-        self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *tensors, *self.sizes)
+        for one in self.launches:
+            tensors = (codes, rotated, self.table, scale, y, self.gpu.exchange(one.sums))
+            self.gpu.launch(one.source, one.name, one.grid, one.threads, one.shared, *tensors, *one.sizes)
         return rotated
 
 

@@ -1,43 +1,47 @@
 // The rotation of x, in a launch of its own.
 // Macros, besides those of rotation.cuh: GATHER (0 or 1), whether rotate_many takes rows of x in another order.
 
-// x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd, odd] fp32 orthonormal.
-// One block of threads a token and block of columns; 2 · width floats of shared memory.
-extern "C" __global__ void __launch_bounds__(256)
-rotate_tiles(const u16* x, const u8* signs, const float* hartley, u16* out, int held, int cols, int width, int odd) {
+// x [tokens, cols] → rotated, filled up to whole tiles of 64 columns; blocks of odd · pow columns, hartley [odd][padded] fp32: the orthonormal one, whose rows are
+// filled up to 16 bytes. One block of threads a token and block of columns; width floats of shared memory.
+extern "C" __global__ void __launch_bounds__(512)
+rotate_tiles(const u16* x, const u8* signs, const u32* hartley, u16* out, int held, int cols, int width, int odd) {
   extern __shared__ __align__(128) float values[];
   let_next_start();
-  const int token = blockIdx.x, start = blockIdx.y * width, pow = width / odd, tiles = (cols + 63) / 64;
-  float* from = values, * to = values + width;
+  const int token = blockIdx.x, start = blockIdx.y * width, pow = width / odd, padded = (odd + 3) / 4 * 4, tiles = (cols + 63) / 64;
+  u32 early;
+  for (int i = 32 * threadIdx.x; i < odd * padded; i += 32 * blockDim.x) load_now(early, hartley + i);  // into the L1 cache
   wait_for_previous();
   for (int i = threadIdx.x; i < width; i += blockDim.x) {
     const int col = start + i;
     const float f = from16(x[(size_t)token * cols + col]);
-    from[i] = signs[col / 8] >> (col % 8) & 1 ? -f : f;
+    values[i] = signs[col / 8] >> (col % 8) & 1 ? -f : f;
   }
   __syncthreads();
   for (int h = 1; h < pow; h *= 2) {  // pairs of one step are a thread's own
     for (int i = threadIdx.x; i < width / 2; i += blockDim.x) {
       const int lo = i / h * 2 * h + i % h;
-      const float a = from[lo], b = from[lo + h];
-      from[lo] = a + b;
-      from[lo + h] = a - b;
+      const float a = values[lo], b = values[lo + h];
+      values[lo] = a + b;
+      values[lo + h] = a - b;
     }
     __syncthreads();
-  }
-  if (odd > 1) {
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-      float sum = 0;
-      for (int a = 0; a < odd; ++a) sum += hartley[i / pow * odd + a] * from[a * pow + i % pow];
-      to[i] = sum;
-    }
-    __syncthreads();
-    from = to;
   }
   const float norm = rsqrtf((float)pow);
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    const int col = start + i;
-    out[place(col, token, held, tiles)] = to16(from[i] * norm);
+  for (int i = threadIdx.x; i < padded / 4 * pow; i += blockDim.x) {  // four rows of a column
+    const int row = i / pow * 4, place_in_row = i % pow;
+    const float* from = values + place_in_row;
+    const u32* by = hartley + row;  // it is symmetric
+    float sums[4] = {};
+    #pragma unroll 4
+    for (int a = 0; a < odd; ++a, from += pow, by += padded) {
+      const uint4 four = *(const uint4*)by;
+      const float v = *from;
+      sums[0] += __uint_as_float(four.x) * v, sums[1] += __uint_as_float(four.y) * v;
+      sums[2] += __uint_as_float(four.z) * v, sums[3] += __uint_as_float(four.w) * v;
+    }
+    #pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (row + k < odd) out[place(start + (row + k) * pow + place_in_row, token, held, tiles)] = to16(sums[k] * norm);
   }
   if (start + width == cols)  // columns that fill up the last tile
     for (int col = cols + threadIdx.x; col < 64 * tiles; col += blockDim.x) out[place(col, token, held, tiles)] = 0;
