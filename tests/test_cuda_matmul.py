@@ -288,14 +288,14 @@ def test_unrotate_fits_every_architecture(arch):
 
 
 @emulated
-@pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75])
+@pytest.mark.parametrize("block", [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 96, 75, 344, 688, 896, 1376, 1344])
 @pytest.mark.parametrize("layout", [TILES, SWIZZLED, FRAGMENTS])
 @pytest.mark.parametrize("few", [0, 16])
 def test_rotation(block, layout, few, monkeypatch):
     monkeypatch.setattr(cuda_rotate, "FEW", few)
     x = torch.randn(11, 2 * block).bfloat16()
     signs = torch.randint(0, 256, (-(-2 * block // 8),), dtype=torch.uint8)
-    tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1))[:, :11].float()
+    tiles = rotate_tiles(plain(x), signs, block, 16, layout, Emulator(1 if few else 132))[:, :11].float()
     if layout != TILES:  # [tile, token, chunk of 8, 8] → the columns' order
         chunk = torch.arange(8)[None] ^ torch.arange(11)[:, None] % 8
         chunks = tiles.unflatten(2, (8, 8)).gather(2, chunk[None, :, :, None].expand(len(tiles), -1, -1, 8))

@@ -1,5 +1,6 @@
 """The rotation of x on an NVIDIA GPU, into the order in which the kernels read it: launches ops/rotate.cu."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ FEW_OF_SILU = 32  # … of silu(first) · second
 MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first …
 NORMED = 512  # … as is a normed one
 _BESIDE = 4  # tokens of a warp, beside a product
+_ODD_EACH = 4  # tokens of a block of threads where warps do not divide the rotation's
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
 
@@ -40,7 +42,8 @@ class Rotation:
         if self.name == "rotate_few":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
-            given = (x.first, signs, _hartley(self.odd, x.device), out)
+            power = dict(self.source.macros).get("POWER", 1)
+            given = (x.first, signs, _hartley(self.odd, power, x.dtype, x.device), out)
         else:
             given = (x.first, x.second, signs, out, None, None, 1, x.first.stride(0))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *given, *self.sizes)
@@ -95,19 +98,39 @@ def rotation(
     assert kind == PLAIN or makes(kind, block, tokens)
     assert not beside or (kind != NORM and by_warps(block))
     if not by_warps(block):
-        odd = odd_part(block)
-        source = _source(dtype, PLAIN, block, layout)
-        sizes: tuple[int, ...] = (held, in_features, block, odd)
-        return Rotation(source, "rotate_tiles", (tokens, blocks), 512, 4 * block, out, sizes, odd, gpu)
+        return _odd_rotation(tokens, dtype, in_features, block, held, layout, out, gpu)
     few = {PLAIN: FEW, SILU: FEW_OF_SILU}.get(kind, tokens)
     if tokens <= few and not beside:
-        source, sizes = _source_of_few(dtype, kind, block, layout), (held, in_features)
-        return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, sizes, 0, gpu)
-    source, sizes = _source(dtype, kind, block, layout), (held, in_features, tokens, beside)
+        source = _source_of_few(dtype, kind, block, layout)
+        return Rotation(source, "rotate_few", (tokens, blocks), block // 8, 0, out, (held, in_features), 0, gpu)
+    source = _source(dtype, kind, block, layout)
+    sizes: tuple[int, ...] = (held, in_features, tokens, beside)
     grid = _grid_of_rows(tokens, blocks, block, gpu)
     if beside:  # short blocks, so that all multiprocessors take their share of what is left when the product ends
         grid = -(-tokens // (_BESIDE * _ROW_THREADS // 32)), blocks
     return Rotation(source, "rotate_many", grid, _ROW_THREADS, 0, out, sizes, 0, gpu)
+
+
+def _odd_rotation(
+    tokens: int,
+    dtype: torch.dtype,
+    in_features: int,
+    block: int,
+    held: int,
+    layout: int,
+    out: tuple[int, ...],
+    gpu: nvrtc.Launcher,
+) -> Rotation:
+    odd, columns = odd_part(block), in_features // block
+    power, source = block // odd, _source(dtype, PLAIN, block, layout)
+    if not 8 <= power <= 128:
+        sizes: tuple[int, ...] = (held, in_features, block, odd)
+        return Rotation(source, "rotate_tiles", (tokens, columns), 512, 4 * block, out, sizes, odd, gpu)
+    each = _ODD_EACH if tokens * columns > 4 * gpu.multiprocessors else 1
+    shared = 2 * each * power * (-(-odd // 16) * 16 + 8)
+    source = nvrtc.Source((*_HEADERS, "ops/rotate_odd.cu"), (*source.macros, ("POWER", power)))
+    sizes = (held, in_features, tokens, odd, each)
+    return Rotation(source, "rotate_odd", (-(-tokens // each), columns), 256, shared, out, sizes, odd, gpu)
 
 
 @lru_cache(4096)
@@ -136,9 +159,17 @@ def _grid_of_rows(most: int, columns: int, block: int, gpu: nvrtc.Launcher) -> t
 
 
 @lru_cache
-def _hartley(size: int, device: torch.device) -> Tensor:
-    """hartley, its rows filled up to multiples of four."""
-    return torch.nn.functional.pad(hartley(size, torch.float32, device), (0, -size % 4)).contiguous()
+def _hartley(size: int, power: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ops/rotate_odd.cu multiplies by; with a power of 1 ops/rotate.cu, fp32 in rows filled up to 16 bytes."""
+    matrix = hartley(size, torch.float64, torch.device("cpu"))
+    if power == 1:
+        return torch.nn.functional.pad(matrix.float(), (0, -size % 4)).to(device)
+    padded = torch.nn.functional.pad(matrix / math.sqrt(power), (0, -size % 16, 0, -size % 16))
+    high = padded.to(dtype)
+    parts = torch.stack([high, (padded - high).to(dtype)])
+    n = len(padded) // 16
+    # part, row = 16 n + 8 h + g, column = 16 n + 8 c + 2 t + e → n, n, lane (g, t), part, register (c, h), e
+    return parts.view(2, n, 2, 8, n, 2, 4, 2).permute(1, 4, 3, 6, 0, 5, 2, 7).contiguous().to(device)
 
 
 def makes(kind: int, block: int, tokens: int) -> bool:
