@@ -6,10 +6,11 @@ import pytest
 import torch
 from cubins import spilled
 from emulator import Emulator
-from test_cuda_matmul import emulated, error, problem
+from test_cuda_matmul import emulated, error, multiply, of, problem
 from torch.nn.functional import silu
 
-from glq.ops import cuda_prompt, cuda_rotate
+from glq.codecs import CODECS
+from glq.ops import cuda_batch, cuda_prompt, cuda_rotate
 from glq.ops.cuda_rotate import FRAGMENTS, rotate_rows, rotation
 from glq.ops.inputs import NORM, PLAIN, SILU, plain, silu_of
 from glq.ops.matmul import cuda_product
@@ -46,10 +47,11 @@ class Noting(Emulator):
 
     def __init__(self):
         super().__init__(2, resident=6)
-        self.launched = []
+        self.launched, self.grids = [], []
 
     def launch(self, source, name, grid, block, shared, *arguments):
         self.launched.append((name, arguments))
+        self.grids.append((name, grid))
         super().launch(source, name, grid, block, shared, *arguments)
 
 
@@ -88,3 +90,31 @@ def test_which_products_are_made_in_parts():
     assert parts(5120, 17408, block=1024) == 768
     whole = [parts(4096, 4096), parts(14336, 14336), parts(4096, 14336, NORM), parts(4096, 14336, block=896)]
     assert whole == [4096] * 4
+
+
+def test_a_product_leaves_room_for_the_next_rotation():
+    """In each of the sizes that a Hopper's shared memory has; there is none beyond the largest."""
+    gpu = Emulator(132)
+    asked = [
+        cuda_rotate.with_room(kb << 10, gpu) >> 10
+        for kb in (128, 129, 131, 160, 161, 163, 164, 192, 193, 196, 224, 227)
+    ]
+    assert asked == [128, 132, 132, 160, 164, 164, 164, 192, 196, 196, 224, 227]
+    gpu.arch = 89
+    assert cuda_rotate.with_room(129 << 10, gpu) == 129 << 10
+
+
+@emulated
+@pytest.mark.parametrize("tokens", [32, 40])
+def test_tiles_that_are_left_over_have_a_launch_of_their_own(tokens):
+    gpu = Noting()
+    gpu.multiprocessors = 3
+    rows = 3 * 256 + 40
+    x, weight = problem("trellis-4", tokens, rows, 512, 256, torch.float16)
+    shape = cuda_batch.Shape(32, 1, 1, 3) if tokens == 32 else cuda_batch.Shape(64, 2, 2, 2)
+    plan = cuda_batch.spread_out(
+        cuda_batch.fill(CODECS["trellis-4"], x.dtype, torch.float16, shape), tokens, of(weight), 3
+    )
+    assert error(multiply(cuda_batch, x, weight, gpu, plan), x, weight) < 2
+    grids = [grid for name, grid in gpu.grids if name == "batch"]
+    assert grids == [(1, 3), (3, 1)]  # the last 40 rows by three blocks

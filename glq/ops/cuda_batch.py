@@ -8,7 +8,7 @@ import torch
 from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import FRAGMENTS, rotation
+from glq.ops.cuda_rotate import FRAGMENTS, rotation, with_room
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes, with_signs
 from glq.ops.cuda_tiled import Launch, Product
 from glq.ops.matrix import Matrix
@@ -165,9 +165,9 @@ def make_product(
     rest = rows_of_tiles % gpu.multiprocessors if token_blocks == 1 and plan.parts == 1 else 0
     parts = _parts(rest, matrix, gpu.multiprocessors) if 0 < rest < rows_of_tiles else 1
     cut = rows_of_tiles - rest if parts > 1 else rows_of_tiles
-    launches = [_launch(plan, tokens, padded, 0, cut, matrix)]
+    launches = [_launch(plan, tokens, padded, 0, cut, matrix, gpu)]
     if parts > 1:
-        launches.append(_launch(replace(plan, parts=parts), tokens, padded, cut, rest, matrix))
+        launches.append(_launch(replace(plan, parts=parts), tokens, padded, cut, rest, matrix, gpu))
     return Product(
         rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
         device_table(plan.codec, plan.copies, device, plan.dtype),
@@ -176,7 +176,9 @@ def make_product(
     )
 
 
-def _launch(plan: Plan, tokens: int, padded: int, first: int, count: int, matrix: Matrix) -> Launch:
+def _launch(
+    plan: Plan, tokens: int, padded: int, first: int, count: int, matrix: Matrix, gpu: nvrtc.Launcher
+) -> Launch:
     """Of `count` tiles below each other, from the first-th on."""
     row_tiles, col_tiles = matrix.tiles
     assert plan.parts <= col_tiles
@@ -184,4 +186,4 @@ def _launch(plan: Plan, tokens: int, padded: int, first: int, count: int, matrix
     grid = (token_blocks * plan.parts, count)
     sums = token_blocks * count * (plan.parts - 1) * plan.shape.rows * plan.shape.tokens
     sizes = (tokens, padded, matrix.rows, row_tiles, col_tiles, first)
-    return Launch(plan.source, "batch", grid, plan.shape.threads, plan.shared, sums, sizes)
+    return Launch(plan.source, "batch", grid, plan.shape.threads, with_room(plan.shared, gpu), sums, sizes)

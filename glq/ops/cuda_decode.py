@@ -12,7 +12,7 @@ from glq.codecs import Codec, get_codec
 from glq.codecs.e8 import ResidualE8
 from glq.codecs.nested import NestedE8
 from glq.errors import GlqError
-from glq.ops.cuda_rotate import TILES, Rotation, by_warps, rotation
+from glq.ops.cuda_rotate import TILES, Rotation, by_warps, rotation, with_room
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes
 from glq.ops.inputs import NORM, PLAIN, Input, plain
 from glq.ops.matrix import Matrix
@@ -166,7 +166,8 @@ def make_product(plan: Plan, kind: int, matrix: Matrix, device: torch.device, gp
     per_row, length = -(-col_tiles // plan.wk), units // grid
     divisors = tuple(_factor(by, units) for by in (per_row, length, length + 1))
     sizes = (plan.tokens, matrix.rows, matrix.cols, row_tiles, col_tiles, length, units % grid, *divisors)
-    table, shared = device_table(plan.codec, plan.copies, device, plan.dtype), plan.shared(64 * col_tiles)
+    table = device_table(plan.codec, plan.copies, device, plan.dtype)
+    shared = with_room(plan.shared(64 * col_tiles), gpu)
     return Product(plan, None if plan.block else rotation(*made), table, grid, shared, sizes, gpu)
 
 

@@ -18,6 +18,8 @@ FEW_OF_SILU = 32  # … of silu(first) · second
 MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first …
 NORMED = 512  # … as is a normed one
 _BESIDE = 4  # tokens of a warp, beside a product
+_ROOM = 3 << 10  # bytes of shared memory that a block of rotate_few.cu takes
+_STEPS = (100 << 10, 132 << 10, 164 << 10, 196 << 10)  # in which a multiprocessor from sm_90 on has it
 _ODD_EACH = 4  # tokens of a block of threads where warps do not divide the rotation's
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
 
@@ -170,6 +172,18 @@ def _hartley(size: int, power: int, dtype: torch.dtype, device: torch.device) ->
     n = len(padded) // 16
     # part, row = 16 n + 8 h + g, column = 16 n + 8 c + 2 t + e → n, n, lane (g, t), part, register (c, h), e
     return parts.view(2, n, 2, 8, n, 2, 4, 2).permute(1, 4, 3, 6, 0, 5, 2, 7).contiguous().to(device)
+
+
+def with_room(shared: int, gpu: nvrtc.Launcher) -> int:
+    """Bytes that a block of `shared` has to ask for, so that the next rotation can start beside it.
+
+    A multiprocessor has as much shared memory as its first block needs, of a few sizes.
+    """
+    if gpu.arch >= 90 and gpu.shared_memory > _STEPS[-1]:
+        for size in _STEPS:
+            if size - _ROOM < shared + nvrtc.RESERVED <= size:
+                return size  # so it has the next one
+    return shared
 
 
 def makes(kind: int, block: int, tokens: int) -> bool:
