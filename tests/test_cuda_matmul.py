@@ -125,7 +125,7 @@ BATCH_SHAPES = [
 
 def check_batch(name, tokens, rows, cols, shape, parts, dtype=torch.float16, block=41):
     x, weight = problem(name, tokens, rows, cols, block, dtype)
-    gpu = Emulator(2, resident=parts)  # no more blocks at a time than have a tile together: it waits for no other
+    gpu = Emulator(2, resident=max(parts, 2))  # as many blocks as may have a tile together: it waits for no other
     plan = cuda_batch.fill(CODECS[name], dtype, torch.float16, shape, parts)
     assert error(multiply(cuda_batch, x, weight, gpu, plan), x, weight) < 2
     gpu.exchange(0)  # is as it was

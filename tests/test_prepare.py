@@ -40,7 +40,18 @@ def weight(codec, rows, cols):
 @pytest.mark.parametrize(("arch", "kilobytes"), [(90, 228), (80, 164), (89, 100), (120, 100)])
 @pytest.mark.parametrize("codec", ["trellis-2", "trellis-3", "trellis-4", "nested-3", "e8-2"])
 @pytest.mark.parametrize(
-    ("rows", "cols"), [(6144, 4096), (28672, 4096), (4096, 14336), (3072, 4096), (4096, 7168), (576, 1536), (960, 576)]
+    ("rows", "cols"),
+    [
+        (6144, 4096),
+        (28672, 4096),
+        (4096, 14336),
+        (3072, 4096),
+        (4096, 7168),
+        (576, 1536),
+        (960, 576),
+        (34816, 512),
+        (22016, 512),
+    ],
 )
 def test_no_number_of_tokens_needs_another_kernel(codec, rows, cols, arch, kilobytes, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda x, w, out: out)

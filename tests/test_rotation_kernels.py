@@ -36,6 +36,9 @@ def test_it_is_as_exact_as_its_type(block, dtype):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_it_fits(arch, dtype):
+    for block in (344, 1376, 896):
+        source = rotation(512, PLAIN, dtype, block, block, 512, FRAGMENTS, Emulator(132)).source
+        assert max(spilled(source.compile_and_report(arch)[1])) == 0
     for block, kind in product((256, 1024, 2048), (PLAIN, SILU)):
         source = rotation(512, kind, dtype, block, block, 512, FRAGMENTS, Emulator(132)).source
         _, report = source.compile_and_report(arch)

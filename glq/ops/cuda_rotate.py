@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glq import nvrtc
 from glq.ops.inputs import NORM, PLAIN, SILU, Input, plain
-from glq.rotation import hartley, odd_part
+from glq.rotation import MAX_BLOCK, hartley, odd_part
 
 TILES, SWIZZLED, FRAGMENTS, _ROWS = range(4)  # macro LAYOUT: of decode.cu, prefill.cu, batch.cu; as x was
 _HEADERS = tuple(f"ops/{name}.cuh" for name in ("ptx", "hadamard", "input", "rotation"))
@@ -128,7 +128,7 @@ def _odd_rotation(
     if not 8 <= power <= 128:
         sizes: tuple[int, ...] = (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, columns), 512, 4 * block, out, sizes, odd, gpu)
-    each = _ODD_EACH if tokens * columns > 4 * gpu.multiprocessors else 1
+    each = _ODD_EACH if tokens * columns > 4 * gpu.multiprocessors and block <= MAX_BLOCK else 1
     shared = 2 * each * power * (-(-odd // 16) * 16 + 8)
     source = nvrtc.Source((*_HEADERS, "ops/rotate_odd.cu"), (*source.macros, ("POWER", power)))
     sizes = (held, in_features, tokens, odd, each)
