@@ -8,14 +8,13 @@ import torch
 from glq import nvrtc
 from glq.codecs import Codec, get_codec
 from glq.codecs.trellis import Trellis
-from glq.ops.cuda_rotate import FRAGMENTS, rotation, with_room
+from glq.ops.cuda_rotate import FRAGMENTS, ROOM, rotation, with_room
 from glq.ops.cuda_table import HOLE, copies_in, decoder, device_table, macros, spread, table_bytes, with_signs
 from glq.ops.cuda_tiled import Launch, Product
 from glq.ops.matrix import Matrix
 
 MOST = 128  # tokens
 _SHARED = 227 * 1024  # bytes of shared memory of a block
-_ROTATION = 3 * 1024  # of them that the next rotation takes
 _BARRIERS = 256  # bytes
 _MAX_STAGES = 12
 _MAX_PARTS = 8  # so that only 18 such kernels and more at a time could wait for each other (batch.cu)
@@ -89,25 +88,25 @@ def make_plan(tokens: int, dtype: torch.dtype, matrix: Matrix, multiprocessors: 
     """What was fastest on an H100 (docs/decisions.md, "Kernels for some tokens"); None: ops/prompt.cu was."""
     if tokens > MOST:
         return None
-    codec, tall = get_codec(matrix.codec), _tall(tokens, matrix.rows, multiprocessors)
+    codec, tall = get_codec(matrix.codec), _tall(tokens, matrix, multiprocessors)
     shape = _shape(tokens, matrix, codec, tall) if isinstance(codec, Trellis) else _of_lattice(tokens, tall)
     if shape is None:
         return None
     return spread_out(fill(codec, dtype, matrix.scale, shape), tokens, matrix, multiprocessors)
 
 
-def _tall(tokens: int, rows: int, multiprocessors: int) -> bool:
+def _tall(tokens: int, matrix: Matrix, multiprocessors: int) -> bool:
     """Whether tiles have 256 rows: there are too many for all tiles of 128 at once, unless those take less time."""
-    tiles = -(-rows // 128)
+    tiles = -(-matrix.rows // 128)
     if tiles <= multiprocessors or not 32 < tokens <= 64:
         return tiles > multiprocessors
-    return _TALLER * _turns(-(-rows // 256), multiprocessors) <= _turns(tiles, multiprocessors)
+    return _TALLER * _turns(-(-matrix.rows // 256), matrix, multiprocessors) <= _turns(tiles, matrix, multiprocessors)
 
 
-def _turns(tiles: int, multiprocessors: int) -> float:
+def _turns(tiles: int, matrix: Matrix, multiprocessors: int) -> float:
     """Tiles of a multiprocessor, one after the other, where several share what is left of them."""
     turns, rest = divmod(tiles, multiprocessors)
-    return turns + (1 / min(_MAX_PARTS, multiprocessors // rest) if rest else 0)
+    return turns + (1 / _parts(rest, matrix, multiprocessors) if rest else 0)
 
 
 def _of_lattice(tokens: int, tall: bool) -> Shape:
@@ -133,7 +132,7 @@ def fill(codec: Codec, dtype: torch.dtype, scale: torch.dtype, shape: Shape, par
     copies, stage = copies_in(codec, 128), 128 * shape.tokens
     if shape.shared_by > 1:  # where instructions are what it waits for
         copies = with_signs(codec, copies)
-    left = 3 * HOLE if spread(codec, copies) else _SHARED - _ROTATION - table_bytes(codec, copies)
+    left = 3 * HOLE if spread(codec, copies) else _SHARED - ROOM - table_bytes(codec, copies)
     return Plan(codec, dtype, scale, shape, copies, min(_MAX_STAGES, (left - _BARRIERS) // stage), parts)
 
 
@@ -147,15 +146,9 @@ def _parts(tiles: int, matrix: Matrix, multiprocessors: int) -> int:
 
 
 def make_product(
-    plan: Plan,
-    tokens: int,
-    kind: int,
-    matrix: Matrix,
-    device: torch.device,
-    gpu: nvrtc.Launcher,
-    beside: bool = False,
+    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
 ) -> Product:
-    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is 90.
+    """For x of that kind, on a GPU whose arch is 90.
 
     Tiles that are left when all multiprocessors have had one, or several, have a launch of their own, in which several
     blocks share one.
@@ -169,7 +162,7 @@ def make_product(
     if parts > 1:
         launches.append(_launch(replace(plan, parts=parts), tokens, padded, cut, rest, matrix, gpu))
     return Product(
-        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
         device_table(plan.codec, plan.copies, device, plan.dtype),
         tuple(launches),
         gpu,

@@ -46,6 +46,10 @@ class Plan:
     def threads(self) -> int:
         return 32 * self.wr * self.wk
 
+    def units(self, matrix: Matrix) -> int:
+        row_tiles, col_tiles = matrix.tiles
+        return -(-row_tiles // self.wr) * -(-col_tiles // self.wk)
+
     def shared(self, cols: int) -> int:
         """Bytes of shared memory a block."""
         sums, x = self._parts(cols)
@@ -126,8 +130,7 @@ def make_plan(tokens: int, kind: int, dtype: torch.dtype, matrix: Matrix, gpu: n
 
 def _needed(plan: Plan, matrix: Matrix, multiprocessors: int) -> int:
     """Columns of x that a block needs at most, which rotates them; 0 if it may need some of them twice, or all."""
-    row_tiles, col_tiles = matrix.tiles
-    units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
+    units = plan.units(matrix)
     columns = -(-units // min(units, multiprocessors)) * plan.wk * 64 + 2 * plan.block
     return columns if plan.block and columns <= matrix.cols else 0
 
@@ -160,7 +163,7 @@ class Product:
 def make_product(plan: Plan, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher) -> Product:
     """For x of that kind, of as many tokens as the plan is for: at most max_tokens(gpu.arch)."""
     row_tiles, col_tiles = matrix.tiles
-    units = -(-row_tiles // plan.wr) * -(-col_tiles // plan.wk)
+    units = plan.units(matrix)
     grid = min(units, gpu.multiprocessors)
     made = (plan.tokens, kind, plan.dtype, matrix.cols, matrix.block, plan.held, TILES, gpu)
     per_row, length = -(-col_tiles // plan.wk), units // grid

@@ -120,15 +120,9 @@ def tokens_at_once(tokens: int, kind: int, matrix: Matrix, multiprocessors: int)
 
 
 def make_product(
-    plan: Plan,
-    tokens: int,
-    kind: int,
-    matrix: Matrix,
-    device: torch.device,
-    gpu: nvrtc.Launcher,
-    beside: bool = False,
+    plan: Plan, tokens: int, kind: int, matrix: Matrix, device: torch.device, gpu: nvrtc.Launcher
 ) -> Product:
-    """For x of that kind, rotated as `rotation` has it, on a GPU whose arch is ARCH."""
+    """For x of that kind, on a GPU whose arch is ARCH."""
     tiles, (row_tiles, col_tiles) = plan.tiles(tokens, matrix.rows), matrix.tiles
     assert plan.clusters <= tiles * col_tiles < (1 << 32) // plan.clusters  # that it multiplies in 32 bits
     blocks = plan.clusters * plan.shape.cluster
@@ -136,7 +130,7 @@ def make_product(
     sums = (blocks if tiles % plan.clusters else 0) * plan.rows * plan.shape.tokens
     sizes = (tokens, padded, matrix.rows, row_tiles, col_tiles)
     return Product(
-        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu, beside),
+        rotation(tokens, kind, plan.dtype, matrix.cols, matrix.block, padded, FRAGMENTS, gpu),
         device_table(plan.codec, plan.copies, device, plan.dtype),
         (Launch(plan.source, "prompt", blocks, plan.threads, plan.shared, sums, sizes),),
         gpu,

@@ -18,7 +18,7 @@ FEW_OF_SILU = 32  # … of silu(first) · second
 MADE = 2048  # … of an x that a rotation makes on the way; with more it is made first …
 NORMED = 512  # … as is a normed one
 _BESIDE = 4  # tokens of a warp, beside a product
-_ROOM = 3 << 10  # bytes of shared memory that a block of rotate_few.cu takes
+ROOM = 3 << 10  # bytes of shared memory that a block of rotate_few.cu takes
 _STEPS = (100 << 10, 132 << 10, 164 << 10, 196 << 10)  # in which a multiprocessor from sm_90 on has it
 _ODD_EACH = 4  # tokens of a block of threads where warps do not divide the rotation's
 _ROW_THREADS = 128  # of a block of threads whose warps have a token each
@@ -37,6 +37,7 @@ class Rotation:
     sizes: tuple[int, ...]  # the last arguments
     odd: int  # part of a block that warps do not divide, or 0
     gpu: nvrtc.Launcher
+    power: int = 1  # … and the other one, where tensor cores transform along `odd`
 
     def __call__(self, x: Input, signs: Tensor) -> Tensor:
         out = x.first.new_empty(self.out)
@@ -44,8 +45,7 @@ class Rotation:
         if self.name == "rotate_few":
             given = (*x.tensors, signs, out, *x.sizes)
         elif self.odd:
-            power = dict(self.source.macros).get("POWER", 1)
-            given = (x.first, signs, _hartley(self.odd, power, x.dtype, x.device), out)
+            given = (x.first, signs, _hartley(self.odd, self.power, x.dtype, x.device), out)
         else:
             given = (x.first, x.second, signs, out, None, None, 1, x.first.stride(0))
         self.gpu.launch(self.source, self.name, self.grid, self.threads, self.shared, *given, *self.sizes)
@@ -124,15 +124,17 @@ def _odd_rotation(
     gpu: nvrtc.Launcher,
 ) -> Rotation:
     odd, columns = odd_part(block), in_features // block
-    power, source = block // odd, _source(dtype, PLAIN, block, layout)
+    power = block // odd
     if not 8 <= power <= 128:
-        sizes: tuple[int, ...] = (held, in_features, block, odd)
+        source, sizes = _source(dtype, PLAIN, block, layout), (held, in_features, block, odd)
         return Rotation(source, "rotate_tiles", (tokens, columns), 512, 4 * block, out, sizes, odd, gpu)
     each = _ODD_EACH if tokens * columns > 4 * gpu.multiprocessors and block <= MAX_BLOCK else 1
     shared = 2 * each * power * (-(-odd // 16) * 16 + 8)
-    source = nvrtc.Source((*_HEADERS, "ops/rotate_odd.cu"), (*source.macros, ("POWER", power)))
-    sizes = (held, in_features, tokens, odd, each)
-    return Rotation(source, "rotate_odd", (-(-tokens // each), columns), 256, shared, out, sizes, odd, gpu)
+    macros = (*_macros(dtype, PLAIN, block, layout), ("POWER", power))
+    source, grid = nvrtc.Source((*_HEADERS, "ops/rotate_odd.cu"), macros), (-(-tokens // each), columns)
+    return Rotation(
+        source, "rotate_odd", grid, 256, shared, out, (held, in_features, tokens, odd, each), odd, gpu, power
+    )
 
 
 @lru_cache(4096)
@@ -181,7 +183,7 @@ def with_room(shared: int, gpu: nvrtc.Launcher) -> int:
     """
     if gpu.arch >= 90 and gpu.shared_memory > _STEPS[-1]:
         for size in _STEPS:
-            if size - _ROOM < shared + nvrtc.RESERVED <= size:
+            if size - ROOM < shared + nvrtc.RESERVED <= size:
                 return size  # so it has the next one
     return shared
 

@@ -1,12 +1,14 @@
 """A product whose x is rotated by a launch ahead of it: what ops/batch.cu and ops/prompt.cu have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from glq import nvrtc
-from glq.ops.cuda_rotate import Rotation
+from glq.ops.cuda_rotate import FRAGMENTS, Rotation, rotation
 from glq.ops.inputs import Input
+from glq.ops.matrix import Matrix
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Product:
         y = x.first.new_empty(tokens, rows)
         self.put(y, x, codes, scale, signs)
         return y
+
+    def beside(self, kind: int, dtype: torch.dtype, matrix: Matrix) -> "Product":
+        """The same, whose x is rotated beside the product ahead of it (cuda_rotate.rotation)."""
+        tokens, padded, *_ = self.sizes
+        rotated = rotation(tokens, kind, dtype, matrix.cols, matrix.block, padded, FRAGMENTS, self.gpu, beside=True)
+        return replace(self, rotation=rotated)
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -196,11 +196,13 @@ def _on_hopper(
     gpu: nvrtc.Launcher,
     beside: bool,
 ) -> Tiled:
-    given = (tokens, kind, matrix, device, gpu, beside)
+    given = (tokens, kind, matrix, device, gpu)
     batch = cuda_batch.make_plan(tokens, dtype, matrix, gpu.multiprocessors)
     if batch:
-        return cuda_batch.make_product(batch, *given)
-    return cuda_prompt.make_product(cuda_prompt.make_plan(tokens, dtype, matrix, gpu.multiprocessors), *given)
+        product = cuda_batch.make_product(batch, *given)
+    else:
+        product = cuda_prompt.make_product(cuda_prompt.make_plan(tokens, dtype, matrix, gpu.multiprocessors), *given)
+    return product.beside(kind, dtype, matrix) if beside else product
 
 
 def _many_in_own_basis(out_features: int) -> int:
